@@ -1,0 +1,229 @@
+"""Where attention meets the cache: one call of `scaled_dot_product_attention`, and the `"certkv"` implementation.
+
+A call goes one of three ways: certified (few queries on current handles), exact on the originals (many queries, or anything
+the certificate does not cover), or, for plain tensors, untouched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from .errors import InputError
+from .handle import KEYS, VALUES, Handle
+from .layers import CertifiedLayer
+
+IMPLEMENTATION = "certkv"
+
+
+@dataclass
+class AttentionCall:
+    """One call of attention, as the model made it.
+
+    Attributes:
+        query: `[batch, query_heads, positions, channels]`; key, value: handles or plain tensors.
+        mask: bool (True attends) or additive, broadcastable to `[batch, query_heads, positions, tokens]`, or None.
+        scaling: the softmax scale; softcap: c of c*tanh(score/c), or None; sinks: sink logits `[query_heads]`, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    dropout: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def scaling(self) -> float:
+        """The softmax scale, SDPA's default filled in."""
+        return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        """This call's attention over plain tensors: the dense rung, and every exact call."""
+        if self.softcap is None and sinks is None:
+            return F.scaled_dot_product_attention(
+                query, key, value, mask, self.dropout, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
+            )
+        return eager_attention(query, key, value, mask, self.scaling, self.softcap, sinks)
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Dense attention with what SDPA cannot carry, in float32, rounded once to the query's dtype. Shapes as in SDPA."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (part.float().repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = (query.float() @ keys.mT) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    if sinks is not None:
+        logit = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.softmax(torch.cat([scores, logit], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return (weights @ values).to(query.dtype)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` with at least one handle among its tensors."""
+    return attend(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+
+
+def attend(call: AttentionCall) -> Tensor:
+    """Serve one call: certified where it can be, exact where not."""
+    layer = certifiable(call)
+    if layer is not None:
+        from .decode import certified_decode  # decode.py needs AttentionCall: imported when used
+
+        with layer.cache.step_guard():
+            return certified_decode(layer, call)
+    plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
+    query, key, value, mask = plain
+    assert query is not None and key is not None and value is not None
+    for part in (call.key, call.value):
+        if isinstance(part, Handle):
+            part.layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
+            break
+    return call.dense(query, key, value, mask, call.sinks)
+
+
+def _exact(part: Tensor | None) -> Tensor | None:
+    return part.materialise() if isinstance(part, Handle) else part
+
+
+def certifiable(call: AttentionCall) -> CertifiedLayer | None:
+    """The layer whose certificate covers this call, or None where it is to be computed exactly."""
+    key, value, query = call.key, call.value, call.query
+    if not (isinstance(key, Handle) and isinstance(value, Handle)) or isinstance(query, Handle):
+        return None
+    layer = key.layer
+    same = layer is value.layer and (key.kind, value.kind) == (KEYS, VALUES) and key.repeats == value.repeats
+    if not same or key.pending or value.pending or not (key.is_current and value.is_current):
+        return None
+    if query.dim() != 4 or query.shape[0] != layer.batch or query.shape[1] % layer.heads or query.dtype != layer.dtype:
+        return None
+    if query.shape[3] != layer.widths[0] or query.device != layer.device or call.dropout or call.is_causal:
+        return None
+    if call.mask is not None and not _mask_fits(call.mask, query, layer.sequence_length):
+        return None
+    positions = 1 if is_packed(layer, query) else query.shape[2]
+    return layer if positions <= layer.config.certify_queries else None
+
+
+def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:
+    """Whether the mask broadcasts to `[batch, query_heads, positions, tokens]` and has a type that SDPA takes."""
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32) or mask.dim() > 4 or mask.shape[-1] != tokens:
+        return False
+    full = (*query.shape[:3], tokens)
+    return all(size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False))
+
+
+def is_packed(layer: CertifiedLayer, query: Tensor) -> bool:
+    """Whether transformers laid the query heads of one KV head along the position axis (a single new token, GQA)."""
+    return layer.new_tokens == 1 and query.shape[2] > 1 and query.shape[1] == layer.heads
+
+
+# What a model may pass that attention need not act on: bookkeeping, and what its mask already says.
+_HARMLESS = {
+    "sliding_window",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "num_items_in_batch",
+    "is_causal",
+    "layer_idx",
+}
+
+
+def certkv_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The `"certkv"` attention implementation: what SDPA carries, and softcap, sink logits and position bias besides.
+
+    Args: as transformers' attention functions; query `[batch, query_heads, positions, channels]`.
+    Returns: `[batch, positions, query_heads, channels]` and None.
+    Raises: InputError: a keyword is not None and its meaning is not known here; output weights or dropout are asked for.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
+    if unknown or kwargs.get("output_attentions"):
+        raise InputError(
+            f"attn_implementation='certkv' was given {unknown or ['output_attentions']}, which it does not know how to honour. "
+            "Use attn_implementation='sdpa' or 'eager' for this model: the cache then serves the exact originals."
+        )
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    positions, tokens = query.shape[2], key.shape[2]
+    mask = attention_mask
+    if positions > 1 and mask is None and causal and (position_bias is not None or positions != tokens):
+        mask = torch.ones(positions, tokens, dtype=torch.bool, device=query.device).tril(tokens - positions)
+    if position_bias is not None:
+        mask = _with_bias(position_bias, mask)
+    call = AttentionCall(
+        query,
+        key,
+        value,
+        mask,
+        dropout,
+        is_causal=positions > 1 and mask is None and bool(causal),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    if call.is_causal and (softcap is not None or s_aux is not None):
+        call.mask, call.is_causal = torch.ones(positions, tokens, dtype=torch.bool, device=query.device).tril(), False
+    return attend(call).transpose(1, 2).contiguous(), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Additive mask of a position bias `[batch | 1, query_heads, positions, tokens]` and another mask."""
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask
+
+
+def register() -> None:
+    """Make `attn_implementation="certkv"` known to transformers. Both registries: without a mask function, masks vanish."""
+    AttentionInterface.register(IMPLEMENTATION, certkv_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,294 @@
+"""`CertifiedQuantizedCache`: picks a layer for each layer of the model, keeps the records, undoes steps that fail."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from .certificate import Recorder
+from .config import CertKVConfig
+from .errors import CachePicklingError, CacheStateError, ConfigError, UnsupportedModelError
+from .layers import CertifiedLayer
+from .report import CertificateReport, MemoryReport
+
+
+class CertifiedQuantizedCache(Cache):
+    """A transformers cache with INT8 keys and INT4 or INT8 values whose attention outputs are certified or dense.
+
+    Every full-attention layer is quantised; the originals lie in host memory. Per decode step and head the distance of the
+    returned attention output from exact attention over the originals *of this run* is proven to be within
+    `atol + rtol * ||output||_2`, or the head is recomputed densely (docs/certificate.md). Other layer types (sliding
+    windows, linear attention, ...) keep transformers' own exact layers. Not for use by two threads at a time.
+
+    Args:
+        config: the model's config (`model.config`), or the model itself.
+        model: the model, to put prefetch hooks on it (hooks.py); `config` may then be left out.
+        settings: a `CertKVConfig`, for everything at once.
+        **changes: single settings of `CertKVConfig`, e.g. `rtol=0.02`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        UnsupportedModelError: the model has a cache layout that cannot be served.
+
+    Example:
+        >>> cache = CertifiedQuantizedCache(model.config, rtol=0.05)
+        >>> out = model.generate(**inputs, past_key_values=cache)
+        >>> print(cache.report())
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | PreTrainedModel | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        settings: CertKVConfig | None = None,
+        **changes: Any,
+    ) -> None:
+        if isinstance(config, PreTrainedModel):
+            config = config.config
+        if config is None and model is not None:
+            config = model.config
+        if not isinstance(config, PreTrainedConfig):
+            raise UnsupportedModelError(
+                f"expected the model's config (`CertifiedQuantizedCache(model.config)`), got {type(config).__name__}."
+            )
+        if settings is not None and not isinstance(settings, CertKVConfig):
+            raise ConfigError(f"settings={settings!r}: expected a CertKVConfig.")
+        self.settings = (settings or CertKVConfig()).replace(**changes)
+        self.recorder = Recorder(full=self.settings.record == "full")
+        self._journal: dict[int, tuple[int, dict[str, Any] | None]] = {}
+        self._irreversible = False
+        self._broken: str | None = None
+        self._warned: set[str] = set()
+        self.handles: Any = None
+        super().__init__(layers=self._pick_layers(config))
+        if not self.settings.certified:
+            warnings.warn("CertKVConfig.naive() certifies NOTHING: it is a baseline for comparisons.", stacklevel=2)
+        self._check_tolerance(config)
+        if model is not None:
+            from .hooks import attach  # hooks.py needs the cache's type: imported when used
+
+            attach(model, self)
+
+    def _pick_layers(self, config: PreTrainedConfig) -> list[Any]:
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(config).__name__} is an encoder-decoder model, whose cross-attention reads the cache directly. Use "
+                "transformers' EncoderDecoderCache."
+            )
+        text = config.get_text_config(decoder=True)
+        try:
+            layers = DynamicCache(config=config).layers
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"transformers cannot lay out a cache for {type(config).__name__} ({type(error).__name__}: {error})."
+            ) from error
+        if not layers:
+            raise UnsupportedModelError(f"{type(config).__name__} says nothing about its layers (num_hidden_layers).")
+        # Multi-head latent attention calls itself full attention, but caches latents: it stays exact.
+        latent = getattr(text, "kv_lora_rank", None) is not None
+        picked = [
+            CertifiedLayer(self.settings, i, self) if type(layer) is DynamicLayer and not latent else layer
+            for i, layer in enumerate(layers)
+        ]
+        if not any(isinstance(layer, CertifiedLayer) for layer in picked):
+            warnings.warn(
+                f"No layer of {type(config).__name__} is full attention over keys and values: all stay exact in transformers' "
+                "own layers, and nothing is saved.",
+                stacklevel=3,
+            )
+        return picked
+
+    def _check_tolerance(self, config: PreTrainedConfig) -> None:
+        dtype = getattr(config.get_text_config(decoder=True), "dtype", None)
+        floor = {"torch.bfloat16": 2.0**-8, "torch.float16": 2.0**-11}.get(str(dtype), 2.0**-20)
+        settings = self.settings
+        if settings.certified and settings.atol == 0 and 0 < settings.rtol <= floor:
+            warnings.warn(
+                f"rtol={settings.rtol} is below what {dtype} itself rounds by ({floor:.2g}): every step will be dense.",
+                stacklevel=3,
+            )
+
+    @property
+    def certified_layers(self) -> list[CertifiedLayer]:
+        """The layers that are quantised."""
+        return [layer for layer in self.layers if isinstance(layer, CertifiedLayer)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values `[batch, kv_heads, new_tokens, channels]` to a layer; see `CertifiedLayer.update`.
+
+        Raises: InputError, GradientError, HostMemoryError: all layers are as they were before the step.
+        """
+        if self._broken is not None:
+            raise CacheStateError(f"An earlier step failed and could not be undone: {self._broken}. Call `reset()`.")
+        if layer_idx in self._journal:
+            self._end_step()
+        layer = self.layers[layer_idx]
+        if isinstance(layer, CertifiedLayer):
+            before = None
+        else:
+            before = dict(layer.__dict__)
+        with self.step_guard():
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self._journal[layer_idx] = (key_states.shape[-2], before)
+        return keys, values
+
+    def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; written in place, so a step that fails after it cannot be undone."""
+        self._irreversible = True
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; written in place, so a step that fails after it cannot be undone."""
+        self._irreversible = True
+        return super().update_recurrent_state(*args, **kwargs)
+
+    @contextmanager
+    def step_guard(self) -> Iterator[None]:
+        """Undo the step under way, in every layer, when what runs inside fails."""
+        try:
+            yield
+        except BaseException:
+            self._undo_step()
+            raise
+
+    def _undo_step(self) -> None:
+        self.recorder.discard()
+        journal, self._journal = self._journal, {}
+        for layer_idx, (count, before) in journal.items():
+            layer = self.layers[layer_idx]
+            if isinstance(layer, CertifiedLayer):
+                try:
+                    layer.crop(-count)
+                except Exception as error:
+                    self._broken = f"layer {layer_idx}: {error}"
+                    continue
+            elif before is not None:
+                layer.__dict__.clear()
+                layer.__dict__.update(before)
+        if self._irreversible:
+            self._broken = "its linear-attention states had been overwritten"
+        self._irreversible = False
+
+    def _end_step(self) -> None:
+        """The step under way is over: its records count, and it can no longer be undone."""
+        self._journal.clear()
+        self._irreversible = False
+        self.recorder.commit()
+        self.recorder.step += 1
+
+    def note_materialised(self, layer_idx: int, operation: str) -> None:
+        """Count an operation that was served with exact originals, and say so once."""
+        counts = self.recorder.materialised
+        counts[operation] = counts.get(operation, 0) + 1
+        if operation not in self._warned:
+            self._warned.add(operation)
+            warnings.warn(
+                f"hf_certkv: `{operation}` on cached keys or values of layer {layer_idx} is computed on the exact originals: "
+                "correct, but slower and not certified. attn_implementation='sdpa' (or 'certkv') uses the quantised cache.",
+                stacklevel=2,
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens from every layer, exactly. Args: tokens_to_remove: zero or negative."""
+        self._end_step()
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens; records stay."""
+        self._end_step()
+        self._broken = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch rows of every layer for beam search."""
+        self._end_step()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row of every layer."""
+        self._end_step()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some batch rows of every layer."""
+        self._end_step()
+        super().batch_select_indices(indices)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: steps branch on their certificates."""
+        return False
+
+    def report(self) -> CertificateReport:
+        """What was returned so far: bounds, rungs, promotions, bytes. `print` it, or `.to_dict()`, `.to_json(path)`."""
+        self.recorder.commit()
+        return CertificateReport(self.settings, self.recorder, self.memory(), self._exact_layers())
+
+    def memory(self) -> MemoryReport:
+        """Device and host bytes by part, and what a dense cache of the same tokens holds."""
+        parts: dict[str, int] = {}
+        dense = 0
+        for layer in self.layers:
+            if isinstance(layer, CertifiedLayer):
+                dense += layer.dense_nbytes()
+                sizes = layer.nbytes()
+            else:
+                size = sum(_tensor_bytes(value) for value in vars(layer).values())
+                dense += size
+                sizes = {"exact_layers": size}
+            for name, size in sizes.items():
+                parts[name] = parts.get(name, 0) + size
+        return MemoryReport(parts, dense)
+
+    def _exact_layers(self) -> dict[int, str]:
+        """Layers that keep transformers' own storage, and their type."""
+        return {i: type(layer).__name__ for i, layer in enumerate(self.layers) if not isinstance(layer, CertifiedLayer)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CertifiedQuantizedCache:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            if name == "settings":
+                new.__dict__[name] = value
+            elif name == "handles":
+                new.__dict__[name] = None  # hooks stay with the cache they were attached for
+            else:
+                new.__dict__[name] = copy.deepcopy(value, memo)
+        for layer in new.certified_layers:
+            layer._adopt(new)
+        return new
+
+    def __reduce__(self) -> Any:
+        raise CachePicklingError(
+            "A CertifiedQuantizedCache cannot be pickled: it holds live buffers and host pages. Use `copy.deepcopy(cache)`."
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"CertifiedQuantizedCache(layers={len(self.layers)}, certified={len(self.certified_layers)}, "
+            f"tokens={self._length()}, rtol={self.settings.rtol}, atol={self.settings.atol})"
+        )
+
+    def _length(self) -> int:
+        lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        return max(lengths, default=0)
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(_tensor_bytes(part) for part in value)
+    if isinstance(value, dict):
+        return sum(_tensor_bytes(part) for part in value.values())
+    return 0

@@ -1,0 +1,231 @@
+"""Records of what was returned, and their summaries over steps at constant memory. Merging keeps every figure exact.
+
+Relative figures are shares of the returned head output's L2 norm. Quantiles come from histograms with sixteen bins a
+decade and are the upper edge of their bin: at most 15 % above the exact quantile, never below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .ladder import Rung
+
+BINS_PER_DECADE = 16
+LOWEST, HIGHEST = -14, 6  # decades
+BINS = (HIGHEST - LOWEST) * BINS_PER_DECADE + 2  # below, inside, above (and what is not a number)
+METRICS = ("candidate", "bound", "expected", "error", "tightness")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One attention call of one layer. Arrays are float64 or int `[batch, query_heads, positions]`.
+
+    Attributes:
+        step: the cache's step; layer: index; rung: `Rung` values.
+        candidate: bound of the fast path (NaN where the call went straight to the dense rung); bound: of what was returned.
+        expected: E_rms, the error to expect if residuals are uncorrelated (an estimate); norm: ||O||_2.
+        error: the true error found by audit, NaN without.
+        key_blocks, value_blocks: promoted, int `[batch, kv_heads]`; bytes_moved: from host memory, for the whole call.
+    """
+
+    step: int
+    layer: int
+    rung: np.ndarray
+    candidate: np.ndarray
+    bound: np.ndarray
+    expected: np.ndarray
+    norm: np.ndarray
+    error: np.ndarray
+    key_blocks: np.ndarray
+    value_blocks: np.ndarray
+    bytes_moved: int
+
+    def relative(self) -> dict[str, np.ndarray]:
+        """The metrics: bounds and errors over the output's norm, and bound over true error."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            figures = {name: getattr(self, name) / self.norm for name in METRICS[:-1]}
+            return {**figures, "tightness": self.bound / self.error}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; NaN becomes None."""
+        out: dict[str, Any] = {"step": self.step, "layer": self.layer, "bytes_moved": self.bytes_moved}
+        for name in ("rung", "key_blocks", "value_blocks"):
+            out[name] = getattr(self, name).tolist()
+        for name in ("candidate", "bound", "expected", "norm", "error"):
+            values = getattr(self, name)
+            out[name] = np.where(np.isfinite(values), values, None).tolist()
+        return out
+
+
+def bin_of(values: np.ndarray) -> np.ndarray:
+    """Histogram bin of each value; what is not a finite number falls in the last."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        place = np.floor((np.log10(values) - LOWEST) * BINS_PER_DECADE) + 1
+    place = np.where(values <= 0, 0, np.where(np.isfinite(values), place, BINS - 1))
+    return np.clip(place, 0, BINS - 1).astype(np.int64)
+
+
+def bin_edge(place: int) -> float:
+    """Upper edge of a bin; infinite for the last."""
+    if place >= BINS - 1:
+        return float("inf")
+    return float(10.0 ** (LOWEST + place / BINS_PER_DECADE))
+
+
+@dataclass
+class Distribution:
+    """Count, sum, maximum and histogram of one metric, per head: mergeable."""
+
+    heads: int
+    count: np.ndarray = field(init=False)
+    total: np.ndarray = field(init=False)
+    largest: np.ndarray = field(init=False)
+    bins: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.count = np.zeros(self.heads, dtype=np.int64)
+        self.total = np.zeros(self.heads)
+        self.largest = np.zeros(self.heads)
+        self.bins = np.zeros((self.heads, BINS), dtype=np.int64)
+
+    def add(self, values: np.ndarray) -> None:
+        """Add `[batch, heads, positions]`; NaN entries are figures that were not measured and are passed over."""
+        flat = np.moveaxis(values, 1, 0).reshape(self.heads, -1)
+        known = ~np.isnan(flat)
+        self.count += known.sum(axis=1)
+        self.total += np.where(known, flat, 0.0).sum(axis=1)
+        self.largest = np.maximum(self.largest, np.where(known, flat, 0.0).max(axis=1, initial=0.0))
+        heads = np.broadcast_to(np.arange(self.heads)[:, None], flat.shape)
+        np.add.at(self.bins, (heads[known], bin_of(flat[known])), 1)
+
+    def merge(self, other: Distribution) -> None:
+        """Add another distribution of the same heads."""
+        self.count, self.total = self.count + other.count, self.total + other.total
+        self.largest, self.bins = np.maximum(self.largest, other.largest), self.bins + other.bins
+
+    def summary(self, head: int | None = None) -> dict[str, float | int] | None:
+        """Count, mean, max, and quantiles of one head, or of all; None where nothing was measured."""
+        part = slice(None) if head is None else slice(head, head + 1)
+        count = int(self.count[part].sum())
+        if count == 0:
+            return None
+        cumulative = np.cumsum(self.bins[part].sum(axis=0))
+        largest = float(self.largest[part].max())
+        out: dict[str, float | int] = {"count": count, "mean": float(self.total[part].sum()) / count, "max": largest}
+        for name, share in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+            out[name] = min(bin_edge(int(np.searchsorted(cumulative, share * count))), largest)
+        return out
+
+
+@dataclass
+class LayerSummary:
+    """What one layer returned, over all steps so far."""
+
+    heads: int
+    rungs: np.ndarray = field(init=False)
+    metrics: dict[str, Distribution] = field(init=False)
+    key_blocks: int = 0
+    value_blocks: int = 0
+    bytes_moved: int = 0
+    calls: int = 0
+
+    def __post_init__(self) -> None:
+        self.rungs = np.zeros((self.heads, len(Rung)), dtype=np.int64)
+        self.metrics = {name: Distribution(self.heads) for name in METRICS}
+
+    def add(self, record: StepRecord) -> None:
+        """Add one call."""
+        for rung in Rung:
+            self.rungs[:, rung] += (record.rung == rung).sum(axis=(0, 2))
+        for name, values in record.relative().items():
+            self.metrics[name].add(values)
+        self.key_blocks += int(record.key_blocks.sum())
+        self.value_blocks += int(record.value_blocks.sum())
+        self.bytes_moved += record.bytes_moved
+        self.calls += 1
+
+    def merge(self, other: LayerSummary) -> None:
+        """Add another summary of the same heads."""
+        self.rungs = self.rungs + other.rungs
+        for name, distribution in self.metrics.items():
+            distribution.merge(other.metrics[name])
+        self.key_blocks += other.key_blocks
+        self.value_blocks += other.value_blocks
+        self.bytes_moved += other.bytes_moved
+        self.calls += other.calls
+
+    def to_dict(self, heads: bool = True) -> dict[str, Any]:
+        """Shares and figures of the layer and, unless switched off, of each head."""
+        count = int(self.rungs.sum())
+        out: dict[str, Any] = {
+            "head_steps": count,
+            "rungs": {rung.name.lower(): int(self.rungs[:, rung].sum()) for rung in Rung},
+            "promoted_key_blocks": self.key_blocks,
+            "promoted_value_blocks": self.value_blocks,
+            "bytes_moved": self.bytes_moved,
+            "calls": self.calls,
+            "relative": {name: part.summary() for name, part in self.metrics.items()},
+        }
+        if heads:
+            out["heads"] = [
+                {
+                    "rungs": {rung.name.lower(): int(self.rungs[head, rung]) for rung in Rung},
+                    "relative": {name: part.summary(head) for name, part in self.metrics.items()},
+                }
+                for head in range(self.heads)
+            ]
+        return out
+
+
+class Recorder:
+    """Collects records. Those of a step under way are held back, so that a step that fails leaves no trace."""
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+        self.layers: dict[int, LayerSummary] = {}
+        self.records: list[StepRecord] = []
+        self.materialised: dict[str, int] = {}
+        self.exact_queries = 0
+        self.step = 0
+        self._pending: list[StepRecord] = []
+        self._pending_exact = 0
+
+    def add(self, record: StepRecord) -> None:
+        """Hold a record until its step is over."""
+        self._pending.append(record)
+
+    def add_exact(self, head_steps: int) -> None:
+        """Count head-steps with many queries, computed exactly from the originals."""
+        self._pending_exact += head_steps
+
+    def commit(self) -> None:
+        """The step under way succeeded: its records count."""
+        for record in self._pending:
+            summary = self.layers.setdefault(record.layer, LayerSummary(record.rung.shape[1]))
+            summary.add(record)
+        if self.full:
+            self.records += self._pending
+        self.exact_queries += self._pending_exact
+        self._pending, self._pending_exact = [], 0
+
+    def discard(self) -> None:
+        """The step under way failed: as if it had not been."""
+        self._pending, self._pending_exact = [], 0
+
+    def overall(self) -> LayerSummary:
+        """All layers together, heads not told apart."""
+        merged = LayerSummary(1)
+        for summary in self.layers.values():
+            flat = LayerSummary(1)
+            flat.rungs = summary.rungs.sum(axis=0, keepdims=True)
+            for name, part in summary.metrics.items():
+                single = flat.metrics[name]
+                single.count, single.total = part.count.sum(keepdims=True), part.total.sum(keepdims=True)
+                single.largest, single.bins = part.largest.max(keepdims=True), part.bins.sum(axis=0, keepdims=True)
+            flat.key_blocks, flat.value_blocks = summary.key_blocks, summary.value_blocks
+            flat.bytes_moved, flat.calls = summary.bytes_moved, summary.calls
+            merged.merge(flat)
+        return merged

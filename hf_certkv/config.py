@@ -1,0 +1,189 @@
+"""`CertKVConfig`: every setting of the cache, validated once, frozen, JSON in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+
+Scope = Literal["head", "layer"]
+Policy = Literal["budget", "paper", "naive"]
+Refine = Literal["device", "host", "off"]
+Record = Literal["summary", "full"]
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "scope": get_args(Scope),
+    "policy": get_args(Policy),
+    "refine": get_args(Refine),
+    "record": get_args(Record),
+    "block_size": (16, 32, 64, 128),
+    "value_bits": (4, 8),
+}
+_AT_LEAST: dict[str, float] = {
+    "rtol": 0.0,
+    "atol": 0.0,
+    "sink_blocks": 0,
+    "recent_window": 0,
+    "hot_blocks": 0,
+    "exact_below": 0,
+    "certify_queries": 1,
+    "max_rounds": 1,
+    "paper_k_min": 0,
+    "paper_k_max": 1,
+    "paper_v_tol": 0.0,
+    "paper_rank_depth": 0,
+}
+_SHARES = ("dense_head_share", "dense_layer_share", "paper_tau_cov", "paper_explore")
+
+
+@dataclass(frozen=True)
+class CertKVConfig:
+    """Settings of a certified cache. All have defaults; `paper()` and `naive()` are presets.
+
+    The promise (docs/certificate.md, section 1): each returned head output `O` comes with a proven bound
+    `B <= atol + rtol * ||O||_2`, or was recomputed densely on the originals.
+
+    Args:
+        rtol: relative tolerance, against the L2 norm of the returned head output.
+        atol: absolute tolerance, in units of the values.
+        scope: `"head"`: each query head meets the tolerance. `"layer"`: the heads of one layer, row and position
+            share it, since the model consumes their concatenation.
+        policy: `"budget"`: promote what lowers the bound most per byte moved. `"paper"`: promote what the published
+            method would, then whatever the budget still needs. `"naive"`: promote nothing, fall back never, certify
+            nothing (a baseline for comparisons).
+        block_size: tokens a block (16, 32, 64 or 128).
+        value_bits: bits of a value that the main pass reads (4 or 8). Keys have 8.
+        value_group: channels that share a value scale; 0 puts the whole head in one group.
+        refine: where the refinement planes (four further bits of keys, and of 4-bit values) live: `"device"`, `"host"`,
+            or `"off"` to keep none.
+        sink_blocks: first blocks of the sequence that stay exact on the device.
+        recent_window: most recent tokens that stay exact on the device (the unfinished block comes on top).
+        hot_blocks: blocks per layer, row and KV head whose originals may stay on the device after a promotion.
+        exact_below: caches of at most this many tokens are not quantised at all.
+        certify_queries: calls with more new tokens than this (prefill chunks) are computed exactly from the originals.
+        max_rounds: promotion rounds before a head is recomputed densely.
+        dense_head_share: a head is recomputed densely when promoting would move more than this share of its originals.
+        dense_layer_share: the whole layer is recomputed densely when more than this share of its heads is.
+        record: `"summary"` keeps running summaries at constant memory; `"full"` keeps every step as well.
+        audit: compare every certified output with float64 attention over the originals; raise when a bound is broken.
+        seed: of the exploration in the paper's policy.
+        paper_tau_cov, paper_k_min, paper_k_max, paper_v_tol, paper_rank_depth, paper_canary, paper_explore: the
+            published method's monitors: coverage target, fewest and most blocks whose keys it raises, value threshold,
+            depth of the ranking and boundary checks, score-consistency canary, share of blocks raised at random.
+
+    Raises:
+        ConfigError: a setting is outside its range.
+    """
+
+    rtol: float = 0.05
+    atol: float = 0.0
+    scope: Scope = "head"
+    policy: Policy = "budget"
+    block_size: int = 64
+    value_bits: int = 4
+    value_group: int = 32
+    refine: Refine = "host"
+    sink_blocks: int = 1
+    recent_window: int = 64
+    hot_blocks: int = 0
+    exact_below: int = 256
+    certify_queries: int = 16
+    max_rounds: int = 4
+    dense_head_share: float = 0.5
+    dense_layer_share: float = 0.5
+    record: Record = "summary"
+    audit: bool = False
+    seed: int = 0
+    paper_tau_cov: float = 0.995
+    paper_k_min: int = 2
+    paper_k_max: int = 128
+    paper_v_tol: float = 0.05
+    paper_rank_depth: int = 1
+    paper_canary: bool = True
+    paper_explore: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices or isinstance(value, bool):
+                raise ConfigError(f"{name}={value!r}: expected one of {choices}.")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{field.name}={value!r}: expected a whole number.")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name}={value!r}: expected True or False.")
+            if field.type == "float" and (
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+            ):
+                raise ConfigError(f"{field.name}={value!r}: expected a finite number.")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected at least {least}.")
+        for name in _SHARES:
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share between 0 and 1.")
+        if self.value_group < 0 or self.value_group == 1:
+            raise ConfigError(f"value_group={self.value_group!r}: expected 0 (the whole head) or at least 2 channels.")
+        if self.paper_k_max < self.paper_k_min:
+            raise ConfigError(f"paper_k_max={self.paper_k_max}: expected at least paper_k_min={self.paper_k_min}.")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> CertKVConfig:
+        """The published method's formats and promotion policy; the promise of section 1 holds as always."""
+        preset: dict[str, Any] = {
+            "policy": "paper",
+            "block_size": 16,
+            "value_group": 16,
+            "refine": "off",
+            "sink_blocks": 0,
+            "recent_window": 0,
+        }
+        return cls(**{**preset, **changes})
+
+    @classmethod
+    def naive(cls, **changes: Any) -> CertKVConfig:
+        """UNCERTIFIED baseline: the same formats and exact recent window, no promotion, no fallback, only logging."""
+        return cls(**{"policy": "naive", **changes})
+
+    @property
+    def certified(self) -> bool:
+        """False for the naive baseline, whose bounds are logged and not enforced."""
+        return self.policy != "naive"
+
+    def replace(self, **changes: Any) -> CertKVConfig:
+        """A copy with some settings changed, validated again."""
+        unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})
+        if unknown:
+            known = ", ".join(field.name for field in dataclasses.fields(self))
+            raise ConfigError(f"unknown setting(s) {unknown}: expected some of {known}.")
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain JSON types."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all settings to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> CertKVConfig:
+        """Settings from a dictionary; unknown names are refused."""
+        if not isinstance(settings, dict):
+            raise ConfigError(f"expected a dictionary of settings, got {type(settings).__name__}.")
+        return cls().replace(**settings)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> CertKVConfig:
+        """Settings from a JSON file written by `to_json`."""
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not a JSON file of settings ({error}).") from error
+        return cls.from_dict(settings)

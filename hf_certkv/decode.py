@@ -1,0 +1,421 @@
+"""One certified decode step of one layer: pass, certificate, promotions, dense rungs, record.
+
+A reader follows it downwards: `certified_decode` -> `_first_pass` -> `_certify` -> `_promote` -> `_dense_units` -> `_record`.
+Rows: the query heads of a KV head and their positions, `row = head_in_group * positions + position`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import bounds, ladder
+from .attention import AttentionCall, is_packed
+from .audit import audit_step
+from .certificate import StepRecord
+from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
+from .handle import KEYS, VALUES
+from .kernels import reference as kernel
+from .ladder import Rung
+from .layers import CertifiedLayer
+from .masks import row_bias, split_bias
+from .paper import paper_promotions
+
+Index = tuple[Tensor, Tensor, Tensor]
+
+
+def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
+    """Attention of a few queries over a quantised layer: certified, or dense on the originals.
+
+    Returns: `[batch, query_heads, positions, value channels]`, in the query's dtype.
+    Raises: CorruptedPageError: originals were needed and cannot be trusted; CertificateViolation: audit found a bug.
+    """
+    with kernel.full_precision(layer.device.type):
+        step = DecodeStep(layer, call)
+        config = layer.config
+        if config.certified and config.rtol == 0 and config.atol == 0:
+            step.candidate = torch.full_like(step.query_norm, math.nan)
+        else:
+            step.first_pass()
+            step.climb()
+    return step.finish()
+
+
+class DecodeStep:
+    """The working state of one certified call. Shapes: B batch, H KV heads, R rows, N blocks, W value channels."""
+
+    def __init__(self, layer: CertifiedLayer, call: AttentionCall) -> None:
+        self.layer, self.call, self.config = layer, call, layer.config
+        query = call.query
+        batch, heads = layer.batch, layer.heads
+        self.packed = is_packed(layer, query)
+        self.groups = query.shape[1] // heads
+        self.rows = self.groups * query.shape[2]
+        self.shape = (batch, heads, self.rows, layer.widths[1])
+        self.query = query.detach().reshape(batch, heads, self.rows, -1).float()
+        self.scaled = self.query * call.scaling
+        self.blocks = layer.store.blocks
+        self.key_codes, self.value_codes = layer.store.encoded()
+        self.key_numbers = self.key_codes.numbers.double()
+        self.value_numbers = self.value_codes.numbers.double()
+        self.exact_keys, self.exact_values = layer.exact_tokens(KEYS), layer.exact_tokens(VALUES)
+        self.query_norm = torch.linalg.vector_norm(self.query.double(), dim=-1)
+        key_norm = _largest(self.key_numbers[..., -1], self.exact_keys).unsqueeze(-1)
+        self.value_radius = _largest(self.value_numbers[..., -1], self.exact_values).unsqueeze(-1)
+        self._prepare_mask(key_norm)
+        score_error = bounds.score_rounding(
+            call.scaling, self.query_norm, key_norm, layer.widths[0], self.bias_size, call.softcap
+        )
+        self.slack = bounds.weight_slack(score_error, kernel.RESCALINGS)
+        self.chain = kernel.chain_length(layer.block, self.exact_keys.shape[2], self.blocks + 1)
+        self.rounding = bounds.rounding_error(
+            self.slack, self.value_radius, self.chain, kernel.RESCALINGS, layer.sequence_length, self.shape[3]
+        )
+        level = torch.zeros(batch, heads, self.blocks, dtype=torch.int64, device=query.device)
+        self.key_level, self.value_level = level, level.clone()
+        self.hot_level = level.clone()
+        self.dense = torch.zeros(batch, heads, dtype=torch.bool, device=query.device)
+        self.bytes_moved = 0
+        self.whole_layer = True
+        self.certificate: bounds.Certificate | None = None
+        self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)
+        self.output = query.new_zeros(self.shape)
+
+    def _prepare_mask(self, key_norm: Tensor) -> None:
+        call, layer = self.call, self.layer
+        span = 2 * abs(call.scaling) * (self.query_norm * key_norm).amax()
+        bias, self.bias_size = row_bias(call.mask, layer.batch, layer.heads, self.groups, call.query.shape[2], span)
+        self.block_bias, self.exact_bias = split_bias(bias, layer.sink_tokens, self.blocks, layer.block)
+        self.sink_logit = None
+        if call.sinks is not None:
+            positions = 1 if self.packed else call.query.shape[2]
+            logits = call.sinks.detach().float().reshape(layer.heads, -1, 1).expand(-1, -1, positions)
+            self.sink_logit = logits.reshape(1, layer.heads, self.rows)
+
+    def first_pass(self) -> None:
+        """Everything at its base level, hot blocks at the originals; the fast path's certificate."""
+        layer, query = self.layer, self.query
+        self.segments = kernel.decode_pass(
+            self.scaled,
+            self.key_codes,
+            self.value_codes,
+            self.exact_keys,
+            self.exact_values,
+            self.block_bias,
+            self.exact_bias,
+            layer.key_codec,
+            layer.value_codec,
+            self.call.softcap,
+        )
+        self.query_l1, self.query_l2 = kernel.score_weights(query, self.key_codes.scale)
+        self.shift0 = self._shift(0)
+        self.shift1 = self._shift(1) if layer.key_codec.levels > 1 else None
+        hot = layer.hot.lookup()
+        if hot is not None:
+            index, keys, values = hot
+            self.key_level[index], self.value_level[index], self.hot_level[index] = 2, 2, 2
+            kernel.redo_blocks(
+                self.segments, index, self.scaled, keys.float(), values.float(), self.block_bias, self.call.softcap
+            )
+        self.certify()
+        self.candidate = self.bound
+
+    def _shift(self, level: int) -> tuple[Tensor, Tensor]:
+        """Delta_b and Lambda_b of every row and block at a level."""
+        at = self.key_numbers[..., level * PER_LEVEL : (level + 1) * PER_LEVEL].unsqueeze(2)
+        scaling = self.call.scaling
+        shift = bounds.score_shift(scaling, at[..., KAPPA], self.query_l1, at[..., EPSILON], self.query_l2)
+        return shift, bounds.score_shift_l2(scaling, at[..., KEY_SPECTRAL], self.query_l2)
+
+    def _value_number(self, column: int) -> Tensor:
+        """A value number `[B, H, 1, N]` at each block's present level; 0 at the originals."""
+        base = self.value_numbers[..., column]
+        level = self.value_level
+        if self.layer.value_codec.levels > 1:
+            base = torch.where(level == 1, self.value_numbers[..., PER_LEVEL + column], base)
+        return torch.where(level == 2, torch.zeros_like(base), base).unsqueeze(2)
+
+    def certify(self) -> None:
+        """Combine the segments; evaluate the bound of what would be returned now."""
+        combined = kernel.combine(self.segments, self.sink_logit)
+        self.output = combined.output.to(self.call.query.dtype)
+        norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
+        level = self.key_level.unsqueeze(2)
+        shift, shift_l2 = self.shift0
+        if self.shift1 is not None:
+            shift = torch.where(level == 1, self.shift1[0], shift)
+            shift_l2 = torch.where(level == 1, self.shift1[1], shift_l2)
+        self.mass = combined.mass[..., :-1]
+        root = combined.root_square_mass[..., :-1]
+        self.certificate = bounds.total(
+            combined.attended[..., :-1],
+            self.mass,
+            root,
+            combined.mass[..., -1] + combined.sink_mass,
+            shift,
+            shift_l2,
+            level < 2,
+            self._value_number(ETA),
+            self._value_number(VALUE_SPECTRAL),
+            self.value_numbers[..., -1].unsqueeze(2),
+            self.value_radius,
+            norm,
+            self.slack,
+            self.rounding,
+            bounds.output_rounding(norm, self.shape[3], self.output.dtype),
+            self.chain,
+        )
+        self.shift = torch.where(level < 2, shift, torch.zeros_like(shift))
+        self.norm, self.bound = norm, self.certificate.total
+        self.expected = (root * self._value_number(VALUE_RMS)).square().sum(dim=-1).sqrt()
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Which rows meet the promise, and the bound that each may have: `[B, H, R]` both."""
+        config = self.config
+        if config.scope == "head":
+            budget = ladder.head_budget(config.rtol, config.atol, self.norm)
+            return bounds.meets(self.bound, budget), budget
+        # One budget for the heads of a batch row and position: heads along the last axis.
+        bound, norm = self._by_position(self.bound), self._by_position(self.norm)
+        budget = ladder.head_budget(config.rtol, config.atol, norm.square().sum(dim=-1).sqrt())
+        together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
+        met = bounds.meets(together, budget)
+        level = ladder.water_level(bound.flatten(0, 1), budget.flatten()).view_as(budget)
+        within = met.unsqueeze(-1) | (bound <= level.unsqueeze(-1))
+        return self._by_row(within), self._by_row(level.unsqueeze(-1).expand_as(bound))
+
+    def _by_position(self, rows: Tensor) -> Tensor:
+        """`[B, H, R]` -> `[B, positions, query heads]`."""
+        positions = 1 if self.packed else self.call.query.shape[2]
+        return rows.unflatten(-1, (-1, positions)).permute(0, 3, 1, 2).flatten(2)
+
+    def _by_row(self, heads: Tensor) -> Tensor:
+        """Inverse of `_by_position`."""
+        return heads.unflatten(-1, (self.shape[1], -1)).permute(0, 2, 3, 1).flatten(2)
+
+    def climb(self) -> None:
+        """Promote until every row meets its budget; what does not is left to the dense rungs."""
+        self.whole_layer = False
+        if not self.config.certified:
+            return
+        if self.config.policy == "paper":
+            paper_promotions(self)
+        for _ in range(self.config.max_rounds):
+            met, target = self.targets()
+            failing = ~met & ~self.dense.unsqueeze(-1)
+            if not bool(failing.any()):
+                return
+            if not self._promote(failing, target):
+                break
+        met, _ = self.targets()
+        self.dense |= (~met).any(dim=-1)
+
+    def _promote(self, failing: Tensor, target: Tensor) -> bool:
+        """One round of the greedy choice. Returns whether anything was promoted."""
+        layer, certificate = self.layer, self.certificate
+        assert certificate is not None
+        room = target - certificate.fixed
+        self.dense |= (failing & ~(room > 0)).any(dim=-1)
+        failing = failing & ~self.dense.unsqueeze(-1)
+        key_refined = value_refined = None
+        if self.shift1 is not None:
+            key_refined = certificate.key_parts * (self.shift1[0] / self.shift0[0].clamp_min(bounds.MASS_FLOOR))
+        if layer.value_codec.levels > 1:
+            eta = self.value_numbers[..., [ETA, PER_LEVEL + ETA]].unsqueeze(2)
+            value_refined = certificate.value_parts * (eta[..., 1] / eta[..., 0].clamp_min(bounds.MASS_FLOOR))
+        key_level, value_level = ladder.choose(
+            certificate.key_parts,
+            certificate.value_parts,
+            key_refined,
+            value_refined,
+            self.key_level,
+            self.value_level,
+            room,
+            failing,
+            self._costs(),
+        )
+        # A head whose promotion would move more than a fair share of its originals is cheaper dense.
+        moved = self._originals_bytes(key_level, value_level)
+        self.dense |= moved > self.config.dense_head_share * self._unit_bytes()
+        keep = self.dense.unsqueeze(-1)
+        return self.raise_to(
+            torch.where(keep, self.key_level, key_level), torch.where(keep, self.value_level, value_level)
+        )
+
+    def _page_bytes(self) -> tuple[int, int]:
+        item = self.layer.dtype.itemsize * self.layer.block
+        return item * self.layer.widths[0], item * self.layer.widths[1]
+
+    def _unit_bytes(self) -> int:
+        """Bytes of one KV head's originals on the host."""
+        return self.blocks * sum(self._page_bytes())
+
+    def _originals_bytes(self, key_level: Tensor, value_level: Tensor) -> Tensor:
+        """Bytes of originals to be fetched to get to these levels: `[B, H]`."""
+        key_page, value_page = self._page_bytes()
+        keys = ((key_level == 2) & (self.hot_level < 2)).sum(dim=-1)
+        values = ((value_level == 2) & (self.hot_level < 2)).sum(dim=-1)
+        return keys * key_page + values * value_page
+
+    def _costs(self) -> ladder.Costs:
+        layer = self.layer
+        key_page, value_page = self._page_bytes()
+        planes = [layer.block * ((width + 1) // 2) for width in layer.widths]
+        discount = ladder.DEVICE_DISCOUNT if self.config.refine == "device" else 1.0
+        return ladder.Costs(
+            planes[0] * discount if layer.key_codec.levels > 1 else None,
+            planes[1] * discount if layer.value_codec.levels > 1 else None,
+            key_page,
+            value_page,
+        )
+
+    def raise_to(self, key_level: Tensor, value_level: Tensor) -> bool:
+        """Bring blocks to new levels, redo them, and certify again. Returns whether any level rose."""
+        changed = (key_level > self.key_level) | (value_level > self.value_level)
+        if not bool(changed.any()):
+            return False
+        index: Index = tuple(torch.nonzero(changed, as_tuple=True))  # type: ignore[assignment]
+        keys = self._load(KEYS, index, key_level, self.key_level)
+        values = self._load(VALUES, index, value_level, self.value_level)
+        kernel.redo_blocks(self.segments, index, self.scaled, keys, values, self.block_bias, self.call.softcap)
+        self.key_level, self.value_level = key_level, value_level
+        self.certify()
+        return True
+
+    def _load(self, kind: int, index: Index, level: Tensor, before: Tensor) -> Tensor:
+        """Blocks at their new levels: float32 `[n, block, channels]`."""
+        layer, wanted = self.layer, level[index]
+        width = layer.widths[kind]
+        out = torch.empty(len(wanted), layer.block, width, device=layer.device)
+        for at in range(3):
+            chosen = (wanted == at).nonzero().flatten()
+            if len(chosen) == 0:
+                continue
+            part = (index[0][chosen], index[1][chosen], index[2][chosen])
+            if at < 2:
+                out[chosen] = layer.store.decode("values" if kind else "keys", at, part, width)
+                if at == 1 and self.config.refine == "host":
+                    fresh = int((before[part] < 1).sum())
+                    self.bytes_moved += fresh * layer.block * ((width + 1) // 2)
+            else:
+                assert layer.shadow is not None
+                out[chosen] = layer.shadow.read_pages(kind, *part).float()
+                self.bytes_moved += len(chosen) * self._page_bytes()[kind]
+        return out
+
+    def finish(self) -> Tensor:
+        """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
+        batch, heads = self.dense.shape
+        share = float(self.dense.float().mean())
+        if self.whole_layer or share > self.config.dense_layer_share:
+            self.whole_layer = True
+            self.dense.fill_(True)
+            output = self._dense_layer()
+            self.output = output.reshape(self.shape)
+        else:
+            for row, head in self.dense.nonzero().tolist():
+                self._dense_unit(row, head)
+            output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
+        self._dense_bounds()
+        error = torch.full_like(self.bound, math.nan)
+        if self.config.audit:
+            error = audit_step(self)
+        self._keep_hot()
+        self._record(error)
+        return output
+
+    def _dense_layer(self) -> Tensor:
+        call = self.call
+        key, value = call.key.materialise(), call.value.materialise()  # type: ignore[attr-defined]
+        self.bytes_moved += self._unit_bytes() * self.dense.numel()
+        return call.dense(call.query, key, value, call.mask, call.sinks)
+
+    def _dense_unit(self, row: int, head: int) -> None:
+        """One KV head's query heads, densely, by the very function the model called."""
+        call, layer = self.call, self.layer
+        mine = slice(head * self.groups, (head + 1) * self.groups)
+        query = call.query[row : row + 1, mine]
+        key, value = layer.unit_originals(KEYS, row, head), layer.unit_originals(VALUES, row, head)
+        mask = call.mask
+        if mask is not None:
+            mask = mask[(None,) * (4 - mask.dim())]
+            mask = mask[row : row + 1] if mask.shape[0] > 1 else mask
+            mask = mask[:, mine] if mask.shape[1] > 1 else mask
+        sinks = call.sinks
+        if sinks is not None:
+            per_head = sinks.shape[0] // layer.heads
+            sinks = sinks[head * per_head : (head + 1) * per_head]
+        key, value = (part.expand(-1, self.groups, -1, -1) for part in (key, value))
+        self.bytes_moved += self._unit_bytes()
+        self.output[row, head] = call.dense(query, key, value, mask, sinks).reshape(self.rows, -1)
+
+    def _dense_bounds(self) -> None:
+        """The rounding bound of section 5 for rows served densely; their expected error is 0."""
+        layer, dtype = self.layer, self.output.dtype
+        norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
+        tokens = layer.sequence_length
+        cast = bounds.OUTPUT_ROUNDOFF[dtype][0]
+        rescalings = 2 + tokens // 32
+        slack = bounds.weight_slack(3 * self.slack, rescalings)
+        rounding = bounds.rounding_error(
+            slack, self.value_radius, tokens, rescalings, tokens, self.shape[3], weight_cast=cast
+        )
+        dense_bound = rounding + bounds.output_rounding(norm, self.shape[3], dtype)
+        here = self.dense.unsqueeze(-1)
+        self.norm = norm
+        self.bound = torch.where(here, dense_bound, self.bound)
+        self.expected = torch.where(here, torch.zeros_like(self.expected), self.expected)
+
+    def _keep_hot(self) -> None:
+        """Originals of promoted blocks stay on the device, as far as there are slots."""
+        layer = self.layer
+        if layer.hot.slots == 0 or self.whole_layer:
+            return
+        full = (self.key_level == 2) | (self.value_level == 2)
+        step = layer.cache.recorder.step
+        hot_index: Index = tuple(
+            torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True)
+        )  # type: ignore[assignment]
+        layer.hot.touch(hot_index, step)
+        index: Index = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
+        if len(index[0]) == 0:
+            return
+        assert layer.shadow is not None
+        keys, values = layer.shadow.read_pages(KEYS, *index), layer.shadow.read_pages(VALUES, *index)
+        layer.hot.insert(index, keys, values, layer.batch, layer.heads, step)
+
+    def _record(self, error: Tensor) -> None:
+        def by_head(rows: Tensor) -> np.ndarray:
+            return self._by_position(rows).transpose(1, 2).cpu().numpy()
+
+        shape = self.bound.shape
+        keys = (self.key_level > self.hot_level).sum(dim=-1)
+        values = (self.value_level > self.hot_level).sum(dim=-1)
+        rung = torch.full(shape, Rung.FAST if self.config.certified else Rung.UNCERTIFIED, device=self.bound.device)
+        rung = torch.where((keys > 0).unsqueeze(-1), Rung.KEYS, rung)
+        rung = torch.where((values > 0).unsqueeze(-1), Rung.VALUES, rung)
+        dense = Rung.DENSE_LAYER if self.whole_layer else Rung.DENSE_HEAD
+        rung = torch.where(self.dense.unsqueeze(-1), dense, rung)
+        record = StepRecord(
+            self.layer.cache.recorder.step,
+            self.layer.layer_idx,
+            by_head(rung),
+            by_head(self.candidate),
+            by_head(self.bound),
+            by_head(self.expected),
+            by_head(self.norm),
+            by_head(error),
+            keys.cpu().numpy(),
+            values.cpu().numpy(),
+            self.bytes_moved,
+        )
+        self.layer.cache.recorder.add(record)
+
+
+def _largest(stored: Tensor, exact: Tensor) -> Tensor:
+    """The largest L2 norm among stored radii `[B, H, N]` and exact tokens `[B, H, tokens, channels]`: `[B, H]`."""
+    norms = torch.linalg.vector_norm(exact.double(), dim=-1).amax(dim=-1) * bounds.OUTWARD
+    return torch.maximum(stored.amax(dim=-1), norms)

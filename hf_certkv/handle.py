@@ -1,0 +1,179 @@
+"""The handles: what `update` returns while a layer is quantised.
+
+A handle is a tensor of the right shape, dtype and device without storage. Handed to `scaled_dot_product_attention` it runs
+certified attention; asked for its shape it answers; in any other operation it becomes the exact originals, so no code ever
+sees quantised data. The three steps by which transformers repeats KV heads (`[:, :, None]`, `expand`, `reshape`) are
+followed without materialising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .errors import CachePicklingError, StaleHandleError
+
+if TYPE_CHECKING:
+    from .layers import CertifiedLayer
+
+KEYS, VALUES = 0, 1
+
+_METADATA = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
+    Tensor.itemsize.__get__,  # type: ignore[attr-defined]
+    Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.ndimension,
+    Tensor.numel,
+    Tensor.nelement,
+    Tensor.element_size,
+    Tensor.get_device,
+    Tensor.is_floating_point,
+    Tensor.is_complex,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.__len__,
+}
+_UNCHANGED = {Tensor.contiguous, Tensor.detach, Tensor.detach_}
+
+
+class Handle(Tensor):
+    """Keys or values of a `CertifiedLayer`, without storage.
+
+    Attributes: layer; kind (KEYS or VALUES); length: tokens it stands for; epoch: the layer's when it was made; repeats: how
+    often each KV head is repeated; pending: the shape is `[batch, kv_heads, repeats, tokens, channels]`, on its way there.
+    """
+
+    layer: CertifiedLayer
+    kind: int
+    length: int
+    epoch: int
+    repeats: int
+    pending: bool
+
+    @classmethod
+    def make(cls, layer: CertifiedLayer, kind: int) -> Handle:
+        """A handle for everything that `layer` holds now."""
+        return cls._make(layer, kind, layer.sequence_length, layer.epoch, 1, False)
+
+    @classmethod
+    def _make(cls, layer: CertifiedLayer, kind: int, length: int, epoch: int, repeats: int, pending: bool) -> Handle:
+        middle = (layer.heads, repeats) if pending else (layer.heads * repeats,)
+        shape = (layer.batch, *middle, length, layer.widths[kind])
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)  # type: ignore[attr-defined]
+        handle.layer, handle.kind, handle.length, handle.epoch = layer, kind, length, epoch
+        handle.repeats, handle.pending = repeats, pending
+        return handle
+
+    def _with(self, repeats: int, pending: bool) -> Handle:
+        return self._make(self.layer, self.kind, self.length, self.epoch, repeats, pending)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it stands for exactly what its layer holds now."""
+        return self.epoch == self.layer.epoch and self.length == self.layer.sequence_length
+
+    def materialise(self) -> Tensor:
+        """The exact originals that this handle stands for, in its shape.
+
+        Raises: StaleHandleError: the layer was cropped, reordered or reset meanwhile; CorruptedPageError.
+        """
+        if self.epoch != self.layer.epoch:
+            raise StaleHandleError(
+                f"Layer {self.layer.layer_idx}: keys or values of {self.length} tokens are used after the cache was cropped, "
+                "reordered, selected from or reset. Use those that the latest `update` returned."
+            )
+        with self.layer.cache.step_guard():
+            plain = self.layer.materialise(self.kind, self.length)
+        if self.repeats > 1 or self.pending:
+            batch, heads, tokens, channels = plain.shape
+            plain = plain[:, :, None, :, :].expand(batch, heads, self.repeats, tokens, channels)
+            if not self.pending:
+                plain = plain.reshape(batch, heads * self.repeats, tokens, channels)
+        return plain
+
+    def _lazily(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle | None:
+        """The handle that a known, harmless step makes of this one; None if the step is not one of them."""
+        if func in _UNCHANGED or (func is Tensor.to and _same_place(self, args[1:], kwargs)):
+            return self
+        if kwargs:
+            return None
+        if func is Tensor.__getitem__ and self.repeats == 1 and not self.pending:
+            full = slice(None)
+            return self._with(1, True) if args[1] == (full, full, None, full, full) else None
+        shape = args[1:] if len(args) != 2 or isinstance(args[1], int) else tuple(args[1])
+        if not all(isinstance(size, int) for size in shape):
+            return None
+        layer, (tokens, channels) = self.layer, (self.length, self.layer.widths[self.kind])
+        if func is Tensor.expand and self.pending and len(shape) == 5:
+            target = tuple(own if size == -1 else size for own, size in zip(self.shape, shape, strict=True))
+            if target == (layer.batch, layer.heads, target[2], tokens, channels) and self.repeats in (1, target[2]):
+                return self._with(target[2], True)
+        if (
+            func is Tensor.reshape
+            and self.pending
+            and shape == (layer.batch, layer.heads * self.repeats, tokens, channels)
+        ):
+            return self._with(self.repeats, False)
+        return None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            from .attention import scaled_dot_product_attention  # attention.py needs Handle: imported when used
+
+            return scaled_dot_product_attention(*args, **kwargs)
+        if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
+            handle = args[0]
+            name = "values" if handle.kind else "keys"
+            return (
+                f"Handle({name} of layer {handle.layer.layer_idx}, shape={tuple(handle.shape)}, dtype={handle.dtype})"
+            )
+        if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__):
+            raise CachePicklingError("A handle has no data of its own; use `handle.materialise()` for a plain tensor.")
+        if args and isinstance(args[0], Handle):
+            lazy = args[0]._lazily(func, args, kwargs)
+            if lazy is not None:
+                return lazy
+        name = getattr(func, "__name__", str(func))
+        args, kwargs = tree_map(lambda part: _plain(part, name), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached only by code that switched `__torch_function__` off: it gets the originals too, never anything else.
+        args, kwargs = tree_map(lambda part: _plain(part, str(func)), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _plain(part: Any, operation: str) -> Any:
+    if not isinstance(part, Handle):
+        return part
+    part.layer.cache.note_materialised(part.layer.layer_idx, operation)
+    return part.materialise()
+
+
+def _same_place(handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `.to(...)` asks for the dtype and device that the handle has."""
+    wanted = [*args, *kwargs.values()]
+    return bool(wanted) and all(part == handle.layer.dtype or part == handle.layer.device for part in wanted)

@@ -1,0 +1,1 @@
+"""Kernels: `reference` is the specification in plain torch; faster ones keep its signatures."""

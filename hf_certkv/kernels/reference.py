@@ -1,0 +1,207 @@
+"""The decode pass in plain torch: the specification that every faster kernel is tested against. Pure.
+
+Order of summation, which the rounding bound relies on (docs/certificate.md, section 5): a score is one chain over the
+channels; weights are exponentials relative to their own segment's maximum; a segment's sums are one chain over its tokens;
+segments are combined in one chain, with factors computed in float64. So no addend goes through more than
+`chain_length(...)` additions, and each weight is rescaled once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..codecs import EncodedBlocks, KeyCodec, ValueCodec
+
+RESCALINGS = 1
+CHUNK_NUMBERS = 2**21  # dequantised numbers held at a time: 8 MiB of scratch for keys, as much for values
+
+
+@contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Float32 products as float32: no autocast, no TF32 or bfloat16 short cuts, whatever the process has set."""
+    precision = torch.get_float32_matmul_precision()
+    if precision != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        if precision != "highest":
+            torch.set_float32_matmul_precision(precision)
+
+
+@dataclass
+class Segments:
+    """Unnormalised softmax sums of each segment (a block, or the exact tokens), relative to the segment's own maximum.
+
+    Attributes: float32; maximum, total, square: `[batch, kv_heads, rows, segments]` (largest score, sum of weights, sum of
+    squared weights); output: `[batch, kv_heads, segments, rows, channels]`. A segment that is masked throughout has
+    maximum -inf and sums 0.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    square: Tensor
+    output: Tensor
+
+
+@dataclass
+class Combined:
+    """What the segments add up to.
+
+    Attributes: output: float32 `[batch, kv_heads, rows, channels]`; mass, root_square_mass: float64
+    `[batch, kv_heads, rows, segments]`, rho and pi of the certificate; sink_mass: float64 `[batch, kv_heads, rows]`, the
+    weight of the sink logit; attended: bool, shaped as `mass`.
+    """
+
+    output: Tensor
+    mass: Tensor
+    root_square_mass: Tensor
+    sink_mass: Tensor
+    attended: Tensor
+
+
+def chain_length(block: int, exact_tokens: int, segments: int) -> int:
+    """Longest chain of float32 additions that an addend of the output goes through."""
+    return max(block, exact_tokens) + segments
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softcap: float | None) -> Segments:
+    """Sums of `segments` groups of tokens.
+
+    Args:
+        query: float32 `[batch, kv_heads, rows, channels]`, already multiplied by the softmax scale.
+        keys, values: float32 `[batch, kv_heads, segments, tokens, channels]`.
+        bias: float32, added to the scores, `[batch | 1, kv_heads | 1, rows | 1, segments, tokens]`; -inf masks.
+        softcap: c of c * tanh(score / c), or None.
+    """
+    segments, tokens = keys.shape[2], keys.shape[3]
+    scores = (query @ keys.flatten(2, 3).mT).unflatten(-1, (segments, tokens))
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if bias is not None:
+        scores = scores + bias
+    maximum = scores.amax(dim=-1)
+    base = torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
+    weights = torch.exp(scores - base.unsqueeze(-1))
+    output = weights.transpose(2, 3) @ values
+    return Segments(maximum, weights.sum(dim=-1), weights.square().sum(dim=-1), output)
+
+
+def decode_pass(
+    query: Tensor,
+    keys: EncodedBlocks,
+    values: EncodedBlocks,
+    exact_keys: Tensor,
+    exact_values: Tensor,
+    block_bias: Tensor | None,
+    exact_bias: Tensor | None,
+    key_codec: KeyCodec,
+    value_codec: ValueCodec,
+    softcap: float | None = None,
+) -> Segments:
+    """Every block at its base level, and the exact tokens as one last segment.
+
+    Args:
+        query: float32 `[batch, kv_heads, rows, channels]`, already multiplied by the softmax scale.
+        keys, values: codes of `[batch, kv_heads, blocks, ...]`.
+        exact_keys, exact_values: `[batch, kv_heads, tokens, channels]`, originals, at least one token.
+        block_bias: as in `attend`; exact_bias: `[batch | 1, kv_heads | 1, rows | 1, tokens]`.
+    """
+    batch, heads, blocks, block, channels = keys.codes.shape
+    width = exact_values.shape[-1]
+    step = max(1, CHUNK_NUMBERS // max(1, batch * heads * block * max(channels, width)))
+    parts = []
+    for start in range(0, blocks, step):
+        stop = min(start + step, blocks)
+        part_keys = key_codec.decode(
+            keys.codes[:, :, start:stop], None, keys.scale[:, :, start:stop], keys.offset[:, :, start:stop]
+        )
+        part_values = value_codec.decode(
+            values.codes[:, :, start:stop], None, values.scale[:, :, start:stop], values.offset[:, :, start:stop], width
+        )
+        bias = block_bias[..., start:stop, :] if block_bias is not None else None
+        parts.append(attend(query, part_keys, part_values, bias, softcap))
+    exact = (exact_keys.float().unsqueeze(2), exact_values.float().unsqueeze(2))
+    parts.append(attend(query, *exact, exact_bias.unsqueeze(-2) if exact_bias is not None else None, softcap))
+    return Segments(
+        torch.cat([part.maximum for part in parts], dim=-1),
+        torch.cat([part.total for part in parts], dim=-1),
+        torch.cat([part.square for part in parts], dim=-1),
+        torch.cat([part.output for part in parts], dim=2),
+    )
+
+
+def redo_blocks(
+    segments: Segments,
+    index: tuple[Tensor, Tensor, Tensor],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_bias: Tensor | None,
+    softcap: float | None = None,
+) -> None:
+    """Replace the sums of single blocks, in place, by those of better keys or values.
+
+    Args:
+        index: int64 `[n]` each: batch row, KV head and block; keys, values: float32 `[n, block, channels]`.
+        query: as in `decode_pass`; block_bias: as in `attend`.
+    """
+    rows, heads, blocks = index
+    bias = None
+    if block_bias is not None:
+        full = block_bias.expand(query.shape[0], query.shape[1], -1, -1, -1)
+        bias = full[rows, heads, :, blocks].unsqueeze(1).unsqueeze(-2)
+    part = attend(query[rows, heads].unsqueeze(1), keys[:, None, None], values[:, None, None], bias, softcap)
+    segments.maximum[rows, heads, :, blocks] = part.maximum[:, 0, :, 0]
+    segments.total[rows, heads, :, blocks] = part.total[:, 0, :, 0]
+    segments.square[rows, heads, :, blocks] = part.square[:, 0, :, 0]
+    segments.output[rows, heads, blocks] = part.output[:, 0, 0]
+
+
+def combine(segments: Segments, sink_logit: Tensor | None = None) -> Combined:
+    """Softmax over all segments. Args: sink_logit: float32 `[batch | 1, kv_heads, rows]`, a token of value 0, or None."""
+    highest = segments.maximum.amax(dim=-1)
+    if sink_logit is not None:
+        highest = torch.maximum(highest, sink_logit.expand_as(highest))
+    factor = torch.exp(segments.maximum.double() - highest.double().unsqueeze(-1))
+    weighed = factor * segments.total.double()
+    normaliser = weighed.sum(dim=-1)
+    sink = torch.zeros_like(normaliser)
+    if sink_logit is not None:
+        sink = torch.exp(sink_logit.double() - highest.double())
+        normaliser = normaliser + sink
+    scale = factor / normaliser.unsqueeze(-1)
+    output = torch.einsum("bhrs,bhsrd->bhrd", scale.float(), segments.output)
+    return Combined(
+        output,
+        weighed / normaliser.unsqueeze(-1),
+        scale * segments.square.double().sqrt(),
+        sink / normaliser,
+        segments.maximum > -torch.inf,
+    )
+
+
+def score_weights(query: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_c |q_c| S_c and ||q * S||_2 of every row and block, rounded up; float64 `[batch, kv_heads, rows, blocks]`.
+
+    Args: query: float32 `[batch, kv_heads, rows, channels]`, unscaled; scale: float16 `[batch, kv_heads, blocks, channels]`.
+    """
+    step, size = scale.float(), query.abs()
+    up = 1 + (query.shape[-1] + 8) * 2.0**-23
+    # Normalised by the row's largest entry, so that squares can neither overflow nor underflow where they matter.
+    largest = size.amax(dim=-1, keepdim=True)
+    unit = size / torch.where(largest > 0, largest, torch.ones_like(largest))
+    widest = step.amax(dim=(-1, -2), keepdim=True)
+    widest = torch.where(widest > 0, widest, torch.ones_like(widest))
+    relative = step / widest
+    factor = largest.double() * widest.double() * up
+    slack = query.shape[-1] * 2.0**-60  # what underflow of a product of relative numbers can hide, generously
+    l1 = (unit @ relative.mT).double() + slack
+    l2 = ((unit * unit) @ (relative * relative).mT).double().sqrt() + slack
+    return l1 * factor, l2 * factor

@@ -1,0 +1,380 @@
+"""`CertifiedLayer`: the state of one full-attention layer. Update, crop, reorder, repeat, select, reset; no arithmetic.
+
+How tokens are held is a function of the length alone (`finished_blocks`): the first `sink_blocks` exact on the device, then
+quantised blocks whose originals lie in host pages, then at least `recent_window` exact tokens on the device. So cropping,
+by however much, gives the very state that a cache of that length has.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from .codecs import KeyCodec, ValueCodec
+from .config import CertKVConfig
+from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
+from .handle import KEYS, VALUES, Handle
+from .shadow import ShadowPages
+from .store import BlockStore, GrowingBuffer, HotSlots
+
+if TYPE_CHECKING:
+    from .cache import CertifiedQuantizedCache
+
+QUANTISABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class CertifiedLayer(CacheLayerMixin):
+    """One layer's keys and values: codes on the device, originals in host pages.
+
+    Args:
+        config: of the cache; layer_idx: position in the model; cache: the owner, which keeps records and undoes failed steps.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, config: CertKVConfig, layer_idx: int, cache: CertifiedQuantizedCache) -> None:
+        self.config, self.layer_idx = config, layer_idx
+        self._owner = weakref.ref(cache)
+        self.key_codec = KeyCodec(refine=config.refine != "off")
+        self.value_codec = ValueCodec(config.value_bits, config.value_group, refine=config.refine != "off")
+        self.epoch = 0
+        super().__init__()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.sequence_length = 0
+        self.new_tokens = 0
+        self.sink: tuple[Tensor, Tensor] | None = None
+        self.tail = (GrowingBuffer(least=self.block), GrowingBuffer(least=self.block))
+        self.store = BlockStore(self.key_codec, self.value_codec, self.config.refine)
+        self.hot = HotSlots(self.config.hot_blocks)
+        self.shadow: ShadowPages | None = None
+        self.epoch += 1
+
+    @property
+    def cache(self) -> CertifiedQuantizedCache:
+        """The cache that owns this layer."""
+        owner = self._owner()
+        if owner is None:
+            raise StaleHandleError("The cache of this layer no longer exists; keep a reference to it while it is used.")
+        return owner
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The exact originals `[batch, kv_heads, tokens, channels]`, put together on every access; None while empty."""
+        return self.materialise(KEYS) if self.sequence_length else None
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        if value is not None:
+            raise InputError("The keys of a certified layer are written by `update` only.")
+
+    @property
+    def values(self) -> Tensor | None:
+        """The exact originals, as `keys`."""
+        return self.materialise(VALUES) if self.sequence_length else None
+
+    @values.setter
+    def values(self, value: None) -> None:
+        if value is not None:
+            raise InputError("The values of a certified layer are written by `update` only.")
+
+    @property
+    def block(self) -> int:
+        """Tokens a block."""
+        return self.config.block_size
+
+    @property
+    def sink_tokens(self) -> int:
+        """Exact tokens at the start, 0 while nothing is quantised."""
+        return self.config.sink_blocks * self.block if self.store.blocks else 0
+
+    def finished_blocks(self, length: int) -> int:
+        """How many blocks of a cache of `length` tokens are quantised."""
+        if length <= self.config.exact_below or self.dtype not in QUANTISABLE:
+            return 0
+        # One token at least stays exact, so that no pass is without exact tokens.
+        recent = max(1, self.config.recent_window)
+        return max(0, (length - self.config.sink_blocks * self.block - recent) // self.block)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device and sizes from the first keys and values; allocates nothing."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch, self.heads, _, key_width = key_states.shape
+        self.widths = (key_width, value_states.shape[-1])
+        self.shadow = ShadowPages(
+            self.layer_idx, self.batch, self.heads, self.block, self.widths, self.dtype, self.device
+        )
+        self.is_initialized = True
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Refuse what does not fit, before anything changes."""
+        given = f"keys {tuple(key_states.shape)} {key_states.dtype}, values {tuple(value_states.shape)} {value_states.dtype}"
+        if key_states.dim() != 4 or value_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
+            raise InputError(
+                f"Layer {self.layer_idx}: {given}: expected two tensors [batch, kv_heads, new_tokens, channels] that agree in "
+                "all but the last size."
+            )
+        if key_states.dtype != value_states.dtype:
+            raise InputError(f"Layer {self.layer_idx}: {given}: expected one dtype for both.")
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise GradientError(
+                "The keys require gradients, and a quantised cache cannot be differentiated through. Run the model under "
+                "`torch.no_grad()` (as `generate` does), or use a DynamicCache for training."
+            )
+        if not self.is_initialized:
+            return
+        expected = ((self.batch, self.heads, self.widths[0]), (self.batch, self.heads, self.widths[1]))
+        actual = tuple((*part.shape[:2], part.shape[3]) for part in (key_states, value_states))
+        if expected != actual or key_states.dtype != self.dtype or key_states.device != self.device:
+            raise InputError(
+                f"Layer {self.layer_idx}: {given} on {key_states.device}: expected batch {self.batch}, {self.heads} KV heads, "
+                f"channels {self.widths}, {self.dtype} on {self.device}, as the tokens already held. Use a new cache, or "
+                "`reset()` this one."
+            )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens; return what attention is to be computed with.
+
+        Args: key_states, value_states: `[batch, kv_heads, new_tokens, channels]`, one dtype.
+        Returns: the plain tensors while the layer was empty or nothing is quantised, else two handles (handle.py).
+        Raises: InputError, GradientError, HostMemoryError: the layer is as it was before.
+        """
+        self._check(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        was_empty, count = self.sequence_length == 0, key_states.shape[2]
+        self._append(key_states, value_states)
+        self.sequence_length += count
+        self.new_tokens = count
+        if was_empty:
+            # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
+            return key_states.contiguous(), value_states.contiguous()
+        if self.store.blocks == 0:
+            return self.tail[0].view, self.tail[1].view
+        return Handle.make(self, KEYS), Handle.make(self, VALUES)
+
+    def _append(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Put new tokens behind the tail, finishing the blocks that the new length finishes. Atomic."""
+        assert self.shadow is not None
+        length = self.sequence_length + key_states.shape[2]
+        target = self.finished_blocks(length)
+        new = (key_states.detach(), value_states.detach())
+        if target == self.store.blocks:
+            for buffer, part in zip(self.tail, new, strict=True):
+                buffer.reserve(part, part.shape[2])
+            for buffer, part in zip(self.tail, new, strict=True):
+                buffer.append(part)
+            return
+        # Everything that can fail is done on new objects or on unused room; the assignments at the end cannot.
+        first = self.store.blocks == 0
+        start = self.config.sink_blocks * self.block if first else 0
+        count = (target - self.store.blocks) * self.block
+        held = self.tail[0].length
+        finished, tails = [], []
+        for buffer, part in zip(self.tail, new, strict=True):
+            finished.append(_slice(buffer, part, held, start, start + count))
+            tail = GrowingBuffer(self.config.recent_window + self.block, least=self.block)
+            tail.append(_slice(buffer, part, held, start + count, held + part.shape[2]))
+            tails.append(tail)
+        sink = self.sink
+        if first and start:
+            parts = [_slice(buffer, part, held, 0, start) for buffer, part in zip(self.tail, new, strict=True)]
+            sink = (parts[0].clone(), parts[1].clone())
+        blocked = [part.unflatten(2, (-1, self.block)) for part in finished]
+        before = self.store.blocks
+        try:
+            self.store.append(blocked[0], blocked[1])
+            self.shadow.append(blocked[0], blocked[1])
+        except BaseException:
+            self.store.truncate(before)
+            raise
+        self.sink, self.tail = sink, (tails[0], tails[1])
+
+    def materialise(self, kind: int, length: int | None = None) -> Tensor:
+        """The exact originals, contiguous: `[batch, kv_heads, length or all tokens, channels]`.
+
+        Raises: CorruptedPageError: a page's checksum does not match.
+        """
+        if self.store.blocks == 0:
+            exact = self.tail[kind].view
+            return exact[:, :, :length].contiguous()
+        assert self.shadow is not None
+        pages = self.shadow.read_range(kind, 0, self.store.blocks, slice(None), slice(None))
+        parts = ([self.sink[kind]] if self.sink is not None else []) + [pages, self.tail[kind].view]
+        return torch.cat(parts, dim=2)[:, :, :length].contiguous()
+
+    def unit_originals(self, kind: int, row: int, head: int) -> Tensor:
+        """The exact originals of one batch row and KV head: `[1, 1, tokens, channels]`."""
+        assert self.shadow is not None
+        rows, heads = slice(row, row + 1), slice(head, head + 1)
+        pages = self.shadow.read_range(kind, 0, self.store.blocks, rows, heads)
+        parts = ([self.sink[kind][rows, heads]] if self.sink is not None else []) + [pages]
+        return torch.cat([*parts, self.tail[kind].view[rows, heads]], dim=2)
+
+    def exact_tokens(self, kind: int) -> Tensor:
+        """Sink and tail: `[batch, kv_heads, tokens, channels]`, all that the device holds exactly."""
+        tail = self.tail[kind].view
+        return torch.cat([self.sink[kind], tail], dim=2) if self.sink is not None else tail
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.sequence_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask must cover for `query_length` new tokens."""
+        return self.sequence_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, exactly: a quantised block that is cut comes back from its originals.
+
+        Args: tokens_to_remove: zero or negative, as in transformers.
+        Raises: InputError: it is positive, or more tokens are to go than are held; CorruptedPageError.
+        """
+        if tokens_to_remove > 0:
+            raise InputError(
+                f"crop({tokens_to_remove}): expected zero or a negative number, the tokens to remove from the end."
+            )
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        length = self.sequence_length + tokens_to_remove
+        if length < 0:
+            raise InputError(
+                f"crop({tokens_to_remove}): layer {self.layer_idx} holds {self.sequence_length} tokens; cannot remove more."
+            )
+        self._shorten(length)
+        self.sequence_length = length
+        self.new_tokens = 0
+        self.epoch += 1
+
+    def _shorten(self, length: int) -> None:
+        """Bring the state to what a cache of `length` tokens holds. Atomic."""
+        assert self.shadow is not None
+        blocks, target = self.store.blocks, self.finished_blocks(length)
+        removed = self.sequence_length - length
+        if target == blocks:
+            for buffer in self.tail:
+                buffer.length -= removed
+            return
+        tails = []
+        everything = slice(None)
+        for kind, buffer in enumerate(self.tail):
+            pages = self.shadow.read_range(kind, target, blocks, everything, everything)
+            parts = [pages, buffer.view]
+            if target == 0 and self.sink is not None:
+                parts.insert(0, self.sink[kind])
+            kept = torch.cat(parts, dim=2)
+            tail = GrowingBuffer(self.config.recent_window + self.block if target else 0, least=self.block)
+            tail.append(kept[:, :, : kept.shape[2] - removed])
+            tails.append(tail)
+        self.tail = (tails[0], tails[1])
+        if target == 0:
+            self.sink = None
+        self.store.truncate(target)
+        self.shadow.truncate(target)
+        self.hot.truncate(target)
+
+    def reset(self) -> None:
+        """Forget all tokens and give their memory back; the layer can be used for another batch."""
+        self._clear()
+
+    def _select_batch(self, index: Tensor) -> None:
+        """Keep the batch rows in `index` (int64 `[n]`), in that order. Atomic."""
+        if not self.is_initialized:
+            return
+        if index.dim() != 1 or len(index) == 0 or int(index.min()) < -self.batch or int(index.max()) >= self.batch:
+            raise InputError(f"Batch indices {index.tolist()}: expected a non-empty list of rows within {self.batch}.")
+        index = torch.where(index < 0, index + self.batch, index)
+        if index.tolist() == list(range(self.batch)):
+            return
+        assert self.shadow is not None
+        shadow, store, hot = self.shadow.selected(index), self.store.selected(index), self.hot.selected(index)
+        tail = (self.tail[0].selected(index), self.tail[1].selected(index))
+        device_index = index.to(self.device)
+        sink = self.sink
+        if sink is not None:
+            sink = (sink[0].index_select(0, device_index), sink[1].index_select(0, device_index))
+        self.shadow, self.store, self.hot, self.tail, self.sink = shadow, store, hot, tail, sink
+        self.batch = len(index)
+        self.epoch += 1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch rows for beam search. Args: beam_idx: int64 `[batch]`."""
+        self._select_batch(beam_idx.cpu())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every batch row `repeats` times."""
+        if self.is_initialized:
+            self._select_batch(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows in `indices`: int64 rows, or a bool mask over them."""
+        indices = indices.cpu()
+        self._select_batch(indices.nonzero().flatten() if indices.dtype == torch.bool else indices.to(torch.int64))
+
+    def offload(self) -> None:
+        """Nothing: the originals are on the host already."""
+
+    def prefetch(self) -> None:
+        """Let the host pages get ready to be read: copies that are still under way are waited for ahead of time."""
+        self.flush()
+
+    def flush(self) -> None:
+        """Take the checksums of blocks whose copy to the host is done."""
+        if self.shadow is not None:
+            self.shadow.flush()
+
+    def _adopt(self, cache: CertifiedQuantizedCache) -> None:
+        """Belong to another cache: the one that was just copied."""
+        self._owner = weakref.ref(cache)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by part, as allocated; `host_*` lie in host memory."""
+        exact = sum(buffer.nbytes for buffer in self.tail)
+        exact += sum(part.nbytes for part in self.sink) if self.sink is not None else 0
+        pages = self.shadow.nbytes if self.shadow is not None else 0
+        return {**self.store.nbytes(), "exact": exact, "hot": self.hot.nbytes, "host_originals": pages}
+
+    def dense_nbytes(self) -> int:
+        """Bytes that a dense cache of the same tokens holds, without any room."""
+        if not self.is_initialized:
+            return 0
+        return self.batch * self.heads * self.sequence_length * sum(self.widths) * self.dtype.itemsize
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CertifiedLayer:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for name, value in self.__dict__.items():
+            if name == "shadow" and value is not None:
+                value = value.selected(torch.arange(self.batch))
+            elif name not in ("_owner", "config", "cache"):
+                value = copy.deepcopy(value, memo)
+            new.__dict__[name] = value
+        return new
+
+    def __reduce__(self) -> Any:
+        raise CachePicklingError("A certified layer cannot be pickled; copy the cache with `copy.deepcopy`.")
+
+    def __repr__(self) -> str:
+        return f"CertifiedLayer({self.layer_idx}, tokens={self.sequence_length}, quantised_blocks={self.store.blocks})"
+
+
+def _slice(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop: int) -> Tensor:
+    """Tokens start..stop-1 of the tail followed by `new`, without copying where one of them holds all."""
+    if start >= held:
+        return new[:, :, start - held : stop - held]
+    old = buffer.view[:, :, start : min(stop, held)]
+    return old if stop <= held else torch.cat([old, new[:, :, : stop - held]], dim=2)

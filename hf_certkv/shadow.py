@@ -1,0 +1,237 @@
+"""The originals: host pages of a fixed power-of-two slab size, copied on a side stream on CUDA, checked when read.
+
+A page is one block of keys, or of values, of one batch row and KV head; each has an XXH3 checksum, taken when it was
+written and compared whenever it is read. A slab is one allocation that holds many pages: torch rounds pinned allocations up
+to a power of two, so slabs have that size to begin with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from .errors import CorruptedPageError, HostMemoryError
+
+KEYS, VALUES = 0, 1
+ROWS_PER_SLAB = 8
+
+
+def allocate_host(count: int, pinned: bool) -> Tensor:
+    """One host allocation of `count` bytes, pinned where a GPU copies into it. Raises what the allocator raises."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=pinned)
+
+
+@dataclass
+class Slab:
+    """One host allocation: `ROWS_PER_SLAB` or more block rows. `sums[kind][row, batch, head]` are the checksums."""
+
+    memory: Tensor
+    pages: tuple[Tensor, Tensor]
+    sums: tuple[np.ndarray, np.ndarray]
+
+
+@dataclass
+class _Pending:
+    """Pages whose copy may still be under way: the source is kept alive and the checksum is not taken yet."""
+
+    first: int
+    last: int
+    event: torch.cuda.Event
+    sources: tuple[Tensor, Tensor]
+
+
+@dataclass
+class ShadowPages:
+    """Originals of one layer's finished blocks, `[batch, kv_heads]` pages each for keys and values.
+
+    Args:
+        layer: index, for messages; batch, heads: of the cache; block: tokens a block; widths: channels of keys and values;
+        dtype: of the originals; device: where reads are returned.
+    """
+
+    layer: int
+    batch: int
+    heads: int
+    block: int
+    widths: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+    blocks: int = 0
+    slabs: list[Slab] = field(default_factory=list)
+    _pending: list[_Pending] = field(default_factory=list)
+    _stream: torch.cuda.Stream | None = None
+
+    def __post_init__(self) -> None:
+        row = self.batch * self.heads * self.block * sum(self.widths) * self.dtype.itemsize
+        self.slab_bytes = 1 << (row * ROWS_PER_SLAB - 1).bit_length()
+        self.rows_per_slab = self.slab_bytes // row
+
+    def _new_slab(self) -> Slab:
+        try:
+            memory = allocate_host(self.slab_bytes, self.device.type == "cuda")
+        except (RuntimeError, MemoryError) as error:
+            raise HostMemoryError(
+                f"Layer {self.layer}: the host refused {self.slab_bytes:,} bytes for originals ({error}). The cache is as it "
+                "was before the step. Free host memory, or use a shorter context or a smaller batch."
+            ) from error
+        parts, start = [], 0
+        for width in self.widths:
+            count = self.rows_per_slab * self.batch * self.heads * self.block * width * self.dtype.itemsize
+            part = memory[start : start + count].view(self.dtype)
+            parts.append(part.view(self.rows_per_slab, self.batch, self.heads, self.block, width))
+            start += count
+        sums = tuple(np.zeros((self.rows_per_slab, self.batch, self.heads), dtype=np.uint64) for _ in range(2))
+        return Slab(memory, (parts[0], parts[1]), (sums[0], sums[1]))
+
+    def append(self, keys: Tensor, values: Tensor, sums: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Add finished blocks, `[batch, kv_heads, blocks, block, channels]`. Atomic: on an error nothing has changed.
+
+        Args: sums: checksums `[blocks, batch, kv_heads]` to keep instead of taking new ones (when pages are moved).
+        Raises: HostMemoryError: the host refused memory.
+        """
+        count = keys.shape[2]
+        slabs = list(self.slabs)
+        while len(slabs) * self.rows_per_slab < self.blocks + count:
+            slabs.append(self._new_slab())
+        self._settle()
+        self.slabs = slabs
+        sources = (keys.movedim(2, 0), values.movedim(2, 0))
+        if self.device.type == "cuda" and keys.is_cuda:
+            self._copy_aside(sources, count)
+        else:
+            for kind in (KEYS, VALUES):
+                self._copy(kind, sources[kind], non_blocking=False)
+            for row in range(count):
+                if sums is None:
+                    self._sign(self.blocks + row)
+                else:
+                    slab, place = self._place(self.blocks + row)
+                    for kind in (KEYS, VALUES):
+                        slab.sums[kind][place] = sums[kind][row]
+        self.blocks += count
+
+    def _place(self, row: int) -> tuple[Slab, int]:
+        return self.slabs[row // self.rows_per_slab], row % self.rows_per_slab
+
+    def _copy(self, kind: int, source: Tensor, non_blocking: bool) -> None:
+        done = 0
+        while done < source.shape[0]:
+            slab, place = self._place(self.blocks + done)
+            count = min(self.rows_per_slab - place, source.shape[0] - done)
+            slab.pages[kind][place : place + count].copy_(source[done : done + count], non_blocking=non_blocking)
+            done += count
+
+    def _copy_aside(self, sources: tuple[Tensor, Tensor], count: int) -> None:
+        """Copy on a side stream behind what the current stream has computed; checksums follow when it is done."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            for kind in (KEYS, VALUES):
+                self._copy(kind, sources[kind].contiguous(), non_blocking=True)
+                sources[kind].record_stream(self._stream)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        self._pending.append(_Pending(self.blocks, self.blocks + count, event, sources))
+
+    def _settle(self) -> None:
+        """Wait for copies under way and take their checksums."""
+        while self._pending:
+            pending = self._pending[0]
+            pending.event.synchronize()
+            for row in range(pending.first, min(pending.last, self.blocks)):
+                self._sign(row)
+            self._pending.pop(0)
+
+    def flush(self) -> None:
+        """Take the checksums of copies that have arrived; wait for none."""
+        while self._pending and self._pending[0].event.query():
+            pending = self._pending.pop(0)
+            for row in range(pending.first, min(pending.last, self.blocks)):
+                self._sign(row)
+
+    def _sign(self, row: int) -> None:
+        slab, place = self._place(row)
+        for kind in (KEYS, VALUES):
+            for batch in range(self.batch):
+                for head in range(self.heads):
+                    slab.sums[kind][place, batch, head] = _checksum(slab.pages[kind][place, batch, head])
+
+    def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:
+        if _checksum(slab.pages[kind][place, batch, head]) != int(slab.sums[kind][place, batch, head]):
+            raise CorruptedPageError(
+                f"Layer {self.layer}: the originals of block {row} ({('keys', 'values')[kind]}, batch row {batch}, KV head "
+                f"{head}) no longer match their checksum. Host memory was overwritten or is faulty; nothing was returned "
+                "from this page. Rebuild the cache from the prompt."
+            )
+
+    def read_pages(self, kind: int, rows: Tensor, heads: Tensor, blocks: Tensor) -> Tensor:
+        """Originals of single pages, on the device: `[n, block, channels]`.
+
+        Args: kind: KEYS or VALUES; rows, heads, blocks: int64 `[n]`, batch row, KV head and block of each page.
+        Raises: CorruptedPageError: a checksum does not match.
+        """
+        self._settle()
+        places = list(zip(blocks.tolist(), rows.tolist(), heads.tolist(), strict=True))
+        pinned = self.device.type == "cuda"
+        out = torch.empty(len(places), self.block, self.widths[kind], dtype=self.dtype, pin_memory=pinned)
+        for i, (block, batch, head) in enumerate(places):
+            slab, place = self._place(block)
+            self._verify(slab, place, kind, block, batch, head)
+            out[i] = slab.pages[kind][place, batch, head]
+        return out.to(self.device)
+
+    def read_range(self, kind: int, first: int, last: int, rows: slice, heads: slice) -> Tensor:
+        """Originals of blocks first..last-1, on the device: `[batch rows, kv heads, tokens, channels]`.
+
+        Raises: CorruptedPageError: a checksum does not match.
+        """
+        self._settle()
+        batch_range, head_range = range(self.batch)[rows], range(self.heads)[heads]
+        shape = (len(batch_range), len(head_range), last - first, self.block, self.widths[kind])
+        out = torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        row = first
+        while row < last:
+            slab, place = self._place(row)
+            count = min(self.rows_per_slab - place, last - row)
+            for step in range(count):
+                for batch in batch_range:
+                    for head in head_range:
+                        self._verify(slab, place + step, kind, row + step, batch, head)
+            pages = slab.pages[kind][place : place + count, rows, heads]
+            out[:, :, row - first : row - first + count] = pages.movedim(0, 2)
+            row += count
+        return out.flatten(2, 3).to(self.device)
+
+    def truncate(self, blocks: int) -> None:
+        """Forget all blocks from `blocks` on, and give back slabs that hold none."""
+        self._settle()
+        self.blocks = min(self.blocks, blocks)
+        del self.slabs[-(-self.blocks // self.rows_per_slab) :]
+
+    def selected(self, index: Tensor) -> ShadowPages:
+        """Pages of the batch rows in `index` (int64 `[n]`), as a new store; checksums are carried, not renewed."""
+        self._settle()
+        index = index.cpu()
+        new = ShadowPages(self.layer, len(index), self.heads, self.block, self.widths, self.dtype, self.device)
+        for first in range(0, self.blocks, self.rows_per_slab):
+            slab = self.slabs[first // self.rows_per_slab]
+            count = min(self.rows_per_slab, self.blocks - first)
+            parts = [slab.pages[kind][:count, index].movedim(0, 2) for kind in (KEYS, VALUES)]
+            kept = [slab.sums[kind][:count][:, index.numpy()] for kind in (KEYS, VALUES)]
+            new.append(parts[0], parts[1], sums=(kept[0], kept[1]))
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Host bytes: slabs as allocated, and checksums."""
+        return sum(slab.memory.numel() + sum(part.nbytes for part in slab.sums) for slab in self.slabs)
+
+
+def _checksum(page: Tensor) -> int:
+    """XXH3-64 of a contiguous page's bytes."""
+    return xxhash.xxh3_64_intdigest(page.view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,225 @@
+"""Device storage of one layer: buffers that grow, the quantised blocks, and the hot slots. No attention, no policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .codecs import EncodedBlocks, KeyCodec, ValueCodec
+
+ENCODE_NUMBERS = 2**17  # numbers quantised at a time: bounds the float64 scratch of a prefill
+
+
+class GrowingBuffer:
+    """A tensor `[batch, kv_heads, length, ...]` with room to grow along its third axis.
+
+    Args:
+        room: entries to allocate at least. After that it grows by 1/64 of itself or `least` entries, so that the unused
+            room of blocks stays under 2 %, and a decode step allocates nothing but once a block.
+    """
+
+    def __init__(self, room: int = 0, least: int = 1) -> None:
+        self.data: Tensor | None = None
+        self.length = 0
+        self.room, self.least = room, least
+
+    def reserve(self, like: Tensor, count: int) -> None:
+        """Make room for `count` more entries shaped as those of `like`. The contents do not change."""
+        needed = max(self.length + count, self.room)
+        if self.data is not None and self.data.shape[2] >= needed:
+            return
+        if self.data is not None:
+            needed = max(needed, self.length + max(count, self.length // 64, self.least))
+        shape = (*like.shape[:2], needed, *like.shape[3:])
+        grown = torch.empty(shape, dtype=like.dtype, device=like.device)
+        if self.data is not None:
+            grown[:, :, : self.length] = self.data[:, :, : self.length]
+        self.data = grown
+
+    def append(self, entries: Tensor) -> None:
+        """Add entries `[batch, kv_heads, count, ...]`."""
+        self.reserve(entries, entries.shape[2])
+        assert self.data is not None
+        self.data[:, :, self.length : self.length + entries.shape[2]] = entries
+        self.length += entries.shape[2]
+
+    @property
+    def view(self) -> Tensor:
+        """The entries, without the room: `[batch, kv_heads, length, ...]`."""
+        assert self.data is not None, "nothing was appended yet"
+        return self.data[:, :, : self.length]
+
+    def selected(self, index: Tensor) -> GrowingBuffer:
+        """A copy with the batch rows in `index` (int64 `[n]`)."""
+        new = GrowingBuffer(self.room, self.least)
+        if self.data is not None:
+            new.data = self.data.index_select(0, index.to(self.data.device))
+            new.length = self.length
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, room included."""
+        return self.data.nbytes if self.data is not None else 0
+
+
+class BlockStore:
+    """The quantised blocks of one layer: codes, planes, scales, and the numbers of the certificate.
+
+    Args: refine: `"device"`, `"host"` or `"off"`, where the refinement planes live.
+    """
+
+    def __init__(self, key_codec: KeyCodec, value_codec: ValueCodec, refine: str) -> None:
+        self.key_codec, self.value_codec, self.refine = key_codec, value_codec, refine
+        self.keys = {name: GrowingBuffer() for name in ("codes", "plane", "scale", "offset", "numbers")}
+        self.values = {name: GrowingBuffer() for name in ("codes", "plane", "scale", "offset", "numbers")}
+        self.blocks = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Quantise, measure and add whole blocks. Atomic: on an error only unused room has changed.
+
+        Args: keys, values: originals `[batch, kv_heads, blocks, block, channels]`.
+        """
+        batch, heads, count, block, channels = keys.shape
+        step = max(1, ENCODE_NUMBERS // (batch * heads * block * max(channels, values.shape[-1])))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            encoded = (
+                self.key_codec.encode(keys[:, :, start:stop]),
+                self.value_codec.encode(values[:, :, start:stop]),
+            )
+            for buffers, blocks in zip((self.keys, self.values), encoded, strict=True):
+                for name, buffer in buffers.items():
+                    part = self._placed(name, getattr(blocks, name))
+                    if part is None:
+                        continue
+                    if start == 0:
+                        buffer.reserve(part, count)
+                    buffer.length = self.blocks + start
+                    buffer.append(part)
+        self.truncate(self.blocks + count)
+
+    def _placed(self, name: str, part: Tensor | None) -> Tensor | None:
+        if part is not None and name == "plane" and self.refine == "host":
+            return part.cpu()
+        return part
+
+    def truncate(self, blocks: int) -> None:
+        """Keep the first `blocks` blocks."""
+        self.blocks = blocks
+        for buffer in (*self.keys.values(), *self.values.values()):
+            if buffer.data is not None:
+                buffer.length = blocks
+
+    def selected(self, index: Tensor) -> BlockStore:
+        """A copy with the batch rows in `index`."""
+        new = BlockStore(self.key_codec, self.value_codec, self.refine)
+        new.keys = {name: buffer.selected(index) for name, buffer in self.keys.items()}
+        new.values = {name: buffer.selected(index) for name, buffer in self.values.items()}
+        new.blocks = self.blocks
+        return new
+
+    def encoded(self) -> tuple[EncodedBlocks, EncodedBlocks]:
+        """Views of all blocks, keys and values; the planes are None (they are read block by block)."""
+        key, value = (
+            EncodedBlocks(b["codes"].view, None, b["scale"].view, b["offset"].view, b["numbers"].view)
+            for b in (self.keys, self.values)
+        )
+        return key, value
+
+    def decode(self, kind: str, level: int, index: tuple[Tensor, Tensor, Tensor], channels: int) -> Tensor:
+        """Single blocks as float32 `[n, block, channels]` at `level` 0 or 1.
+
+        Args: kind: `"keys"` or `"values"`; index: int64 `[n]` each, batch row, KV head and block.
+        """
+        buffers = self.keys if kind == "keys" else self.values
+        plane = None
+        if level == 1:
+            stored = buffers["plane"].view
+            plane = stored[tuple(part.to(stored.device) for part in index)].to(index[0].device)
+        codes, scale, offset = (buffers[name].view[index] for name in ("codes", "scale", "offset"))
+        if kind == "keys":
+            return self.key_codec.decode(codes, plane, scale, offset)
+        return self.value_codec.decode(codes, plane, scale, offset, channels)
+
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by part, as allocated: codes, planes (device and host), scales, numbers."""
+        both = (self.keys, self.values)
+        planes = sum(b["plane"].nbytes for b in both)
+        return {
+            "codes": sum(b["codes"].nbytes for b in both),
+            "planes": planes if self.refine == "device" else 0,
+            "host_planes": planes if self.refine == "host" else 0,
+            "scales": sum(b["scale"].nbytes + b["offset"].nbytes for b in both),
+            "numbers": sum(b["numbers"].nbytes for b in both),
+        }
+
+
+class HotSlots:
+    """Originals of the blocks promoted last, kept on the device: a fixed number of slots per batch row and KV head.
+
+    A block in a slot is read at level 2 from the start. Correctness never depends on what is here.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.blocks: Tensor | None = None  # int64 [batch, kv_heads, slots], -1 where empty
+        self.used: Tensor | None = None  # int64, shaped as blocks: the step of the last use
+        self.keys: Tensor | None = None  # [batch, kv_heads, slots, block, channels]
+        self.values: Tensor | None = None
+
+    def insert(
+        self, index: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor, batch: int, heads: int, step: int
+    ) -> None:
+        """Put blocks `[n, block, channels]` into the slots used longest ago. `index`: batch row, KV head, block."""
+        if self.slots == 0 or len(index[0]) == 0:
+            return
+        if self.blocks is None:
+            self.blocks = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
+            self.used = torch.full_like(self.blocks, -1)
+            self.keys = keys.new_zeros(batch, heads, self.slots, *keys.shape[1:])
+            self.values = values.new_zeros(batch, heads, self.slots, *values.shape[1:])
+        assert self.used is not None and self.keys is not None and self.values is not None
+        for i, (row, head, block) in enumerate(zip(*(part.tolist() for part in index), strict=True)):
+            slot = int(self.used[row, head].argmin())
+            self.blocks[row, head, slot], self.used[row, head, slot] = block, step
+            self.keys[row, head, slot], self.values[row, head, slot] = keys[i], values[i]
+
+    def lookup(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None:
+        """Index (batch row, KV head, block), keys and values of every filled slot, or None."""
+        if self.blocks is None or not bool((self.blocks >= 0).any()):
+            return None
+        assert self.keys is not None and self.values is not None
+        rows, heads, slots = torch.nonzero(self.blocks >= 0, as_tuple=True)
+        return (
+            (rows, heads, self.blocks[rows, heads, slots]),
+            self.keys[rows, heads, slots],
+            self.values[rows, heads, slots],
+        )
+
+    def touch(self, index: tuple[Tensor, Tensor, Tensor], step: int) -> None:
+        """Note that blocks already here would have been promoted again."""
+        if self.blocks is None or self.used is None:
+            return
+        rows, heads, blocks = index
+        self.used[rows, heads] = torch.where(self.blocks[rows, heads] == blocks[:, None], step, self.used[rows, heads])
+
+    def truncate(self, blocks: int) -> None:
+        """Empty the slots of blocks from `blocks` on."""
+        if self.blocks is not None and self.used is not None:
+            gone = self.blocks >= blocks
+            self.blocks[gone], self.used[gone] = -1, -1
+
+    def selected(self, index: Tensor) -> HotSlots:
+        """A copy with the batch rows in `index`."""
+        new = HotSlots(self.slots)
+        if self.blocks is not None and self.used is not None and self.keys is not None and self.values is not None:
+            index = index.to(self.blocks.device)
+            new.blocks, new.used = self.blocks.index_select(0, index), self.used.index_select(0, index)
+            new.keys, new.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes, as allocated."""
+        return sum(part.nbytes for part in (self.blocks, self.used, self.keys, self.values) if part is not None)
