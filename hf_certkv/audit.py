@@ -60,9 +60,7 @@ def audit_step(step: DecodeStep) -> Tensor:
     # What float64 itself may be off by is granted to the bound: the comparison has no other tolerance.
     own = FLOAT64_ERROR * (layer.sequence_length + step.query.shape[-1] + 200) * (1 + 2 * step.slack.new_tensor(1.0))
     size = torch.linalg.vector_norm(values.double(), dim=-1).amax(dim=-1, keepdim=True)
-    scores = (
-        abs(call.scaling) * step.query_norm * torch.linalg.vector_norm(keys.double(), dim=-1).amax(-1, keepdim=True)
-    )
+    scores = abs(call.scaling) * step.query_norm * torch.linalg.vector_norm(keys.double(), dim=-1).amax(-1, keepdim=True)
     granted = own * (1 + scores) * size
     finite = torch.isfinite(exact).all(dim=-1)
     broken = finite & ~(error - granted <= step.bound)

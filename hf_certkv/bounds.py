@@ -111,9 +111,7 @@ def score_rounding(
 
 def weight_slack(score_error: Tensor, rescalings: int) -> Tensor:
     """lambda: the logarithm of the factor by which a computed weight may be off, before normalisation   [section 5]."""
-    return (
-        score_error + UNIT_ROUNDOFF * SCORE_SPAN + (rescalings + 1) * EXP_ERROR * 1.01 + 2 * rescalings * UNIT_ROUNDOFF
-    )
+    return score_error + UNIT_ROUNDOFF * SCORE_SPAN + (rescalings + 1) * EXP_ERROR * 1.01 + 2 * rescalings * UNIT_ROUNDOFF
 
 
 def mass_slack(slack: Tensor, chain: int) -> Tensor:

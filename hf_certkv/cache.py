@@ -133,10 +133,7 @@ class CertifiedQuantizedCache(Cache):
         if layer_idx in self._journal:
             self._end_step()
         layer = self.layers[layer_idx]
-        if isinstance(layer, CertifiedLayer):
-            before = None
-        else:
-            before = dict(layer.__dict__)
+        before = None if isinstance(layer, CertifiedLayer) else dict(layer.__dict__)
         with self.step_guard():
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             self._journal[layer_idx] = (key_states.shape[-2], before)

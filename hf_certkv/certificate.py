@@ -55,8 +55,8 @@ class StepRecord:
         for name in ("rung", "key_blocks", "value_blocks"):
             out[name] = getattr(self, name).tolist()
         for name in ("candidate", "bound", "expected", "norm", "error"):
-            values = getattr(self, name)
-            out[name] = np.where(np.isfinite(values), values, None).tolist()
+            values: np.ndarray = getattr(self, name)
+            out[name] = np.where(np.isfinite(values), values.astype(object), None).tolist()
         return out
 
 

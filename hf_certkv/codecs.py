@@ -173,9 +173,7 @@ class KeyCodec:
             numbers += [kappa, largest, spectral]
             radius = torch.maximum(radius, _row_norms(decoded).amax(dim=-1))
         plane = pack_nibbles(low_codes) if self.refine else None
-        return EncodedBlocks(
-            codes, plane, scale.squeeze(-2), offset.squeeze(-2), torch.stack([*numbers, radius], dim=-1)
-        )
+        return EncodedBlocks(codes, plane, scale.squeeze(-2), offset.squeeze(-2), torch.stack([*numbers, radius], dim=-1))
 
     def decode(self, codes: Tensor, plane: Tensor | None, scale: Tensor, offset: Tensor) -> Tensor:
         """What the reference kernel multiplies with: float32 `[..., block, channels]`; level 1 where `plane` is given."""
@@ -222,9 +220,7 @@ class ValueCodec:
             codes, plane = (high_codes << LOW_BITS) | low_codes, None
         else:
             codes, plane = pack_nibbles(high_codes), pack_nibbles(low_codes) if self.refine else None
-        return EncodedBlocks(
-            codes, plane, scale.squeeze(-1), offset.squeeze(-1), torch.stack([*numbers, radius], dim=-1)
-        )
+        return EncodedBlocks(codes, plane, scale.squeeze(-1), offset.squeeze(-1), torch.stack([*numbers, radius], dim=-1))
 
     def decode(self, codes: Tensor, plane: Tensor | None, scale: Tensor, offset: Tensor, channels: int) -> Tensor:
         """What the reference kernel multiplies with: float32 `[..., block, channels]`; level 1 where `plane` is given."""

@@ -178,8 +178,10 @@ class DecodeStep:
         if config.scope == "head":
             budget = ladder.head_budget(config.rtol, config.atol, self.norm)
             return bounds.meets(self.bound, budget), budget
-        # One budget for the heads of a batch row and position: heads along the last axis.
-        bound, norm = self._by_position(self.bound), self._by_position(self.norm)
+        # One budget for the heads of a batch row and position: heads along the last axis. What goes to the dense rung will
+        # have the rounding bound only; `finish` looks again when the dense outputs are there.
+        served = torch.where(self.dense.unsqueeze(-1), self._dense_bound(self.norm), self.bound)
+        bound, norm = self._by_position(served), self._by_position(self.norm)
         budget = ladder.head_budget(config.rtol, config.atol, norm.square().sum(dim=-1).sqrt())
         together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
         met = bounds.meets(together, budget)
@@ -241,9 +243,7 @@ class DecodeStep:
         moved = self._originals_bytes(key_level, value_level)
         self.dense |= moved > self.config.dense_head_share * self._unit_bytes()
         keep = self.dense.unsqueeze(-1)
-        return self.raise_to(
-            torch.where(keep, self.key_level, key_level), torch.where(keep, self.value_level, value_level)
-        )
+        return self.raise_to(torch.where(keep, self.key_level, key_level), torch.where(keep, self.value_level, value_level))
 
     def _page_bytes(self) -> tuple[int, int]:
         item = self.layer.dtype.itemsize * self.layer.block
@@ -308,18 +308,19 @@ class DecodeStep:
 
     def finish(self) -> Tensor:
         """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
-        batch, heads = self.dense.shape
-        share = float(self.dense.float().mean())
-        if self.whole_layer or share > self.config.dense_layer_share:
-            self.whole_layer = True
-            self.dense.fill_(True)
+        batch = self.dense.shape[0]
+        if self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
             output = self._dense_layer()
-            self.output = output.reshape(self.shape)
         else:
             for row, head in self.dense.nonzero().tolist():
                 self._dense_unit(row, head)
+            self._dense_bounds()
             output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
-        self._dense_bounds()
+            met = self.targets()[0] | self.dense.unsqueeze(-1) | (not self.config.certified)
+            if not bool(met.all()):
+                output = self._dense_layer()
+        if self.whole_layer:
+            self._dense_bounds()
         error = torch.full_like(self.bound, math.nan)
         if self.config.audit:
             error = audit_step(self)
@@ -328,10 +329,15 @@ class DecodeStep:
         return output
 
     def _dense_layer(self) -> Tensor:
+        """Everything, by the very call that the model made: bit for bit what a dense cache gives."""
         call = self.call
+        self.whole_layer = True
+        self.dense.fill_(True)
         key, value = call.key.materialise(), call.value.materialise()  # type: ignore[attr-defined]
         self.bytes_moved += self._unit_bytes() * self.dense.numel()
-        return call.dense(call.query, key, value, call.mask, call.sinks)
+        output = call.dense(call.query, key, value, call.mask, call.sinks)
+        self.output = output.reshape(self.shape)
+        return output
 
     def _dense_unit(self, row: int, head: int) -> None:
         """One KV head's query heads, densely, by the very function the model called."""
@@ -353,21 +359,27 @@ class DecodeStep:
         self.output[row, head] = call.dense(query, key, value, mask, sinks).reshape(self.rows, -1)
 
     def _dense_bounds(self) -> None:
-        """The rounding bound of section 5 for rows served densely; their expected error is 0."""
-        layer, dtype = self.layer, self.output.dtype
-        norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
-        tokens = layer.sequence_length
-        cast = bounds.OUTPUT_ROUNDOFF[dtype][0]
+        """Norms and bounds of what is returned; rows served densely have an expected error of 0."""
+        here = self.dense.unsqueeze(-1)
+        self.norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
+        self.bound = torch.where(here, self._dense_bound(self.norm), self.bound)
+        self.expected = torch.where(here, torch.zeros_like(self.expected), self.expected)
+
+    def _dense_bound(self, norm: Tensor) -> Tensor:
+        """The rounding bound of section 5 for an output of this norm from SDPA, whose order of summation is not ours."""
+        dtype, tokens = self.output.dtype, self.layer.sequence_length
         rescalings = 2 + tokens // 32
         slack = bounds.weight_slack(3 * self.slack, rescalings)
         rounding = bounds.rounding_error(
-            slack, self.value_radius, tokens, rescalings, tokens, self.shape[3], weight_cast=cast
+            slack,
+            self.value_radius,
+            tokens,
+            rescalings,
+            tokens,
+            self.shape[3],
+            weight_cast=bounds.OUTPUT_ROUNDOFF[dtype][0],
         )
-        dense_bound = rounding + bounds.output_rounding(norm, self.shape[3], dtype)
-        here = self.dense.unsqueeze(-1)
-        self.norm = norm
-        self.bound = torch.where(here, dense_bound, self.bound)
-        self.expected = torch.where(here, torch.zeros_like(self.expected), self.expected)
+        return rounding + bounds.output_rounding(norm, self.shape[3], dtype)
 
     def _keep_hot(self) -> None:
         """Originals of promoted blocks stay on the device, as far as there are slots."""
@@ -376,9 +388,7 @@ class DecodeStep:
             return
         full = (self.key_level == 2) | (self.value_level == 2)
         step = layer.cache.recorder.step
-        hot_index: Index = tuple(
-            torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True)
-        )  # type: ignore[assignment]
+        hot_index: Index = tuple(torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True))  # type: ignore[assignment]
         layer.hot.touch(hot_index, step)
         index: Index = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
         if len(index[0]) == 0:

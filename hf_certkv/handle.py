@@ -24,7 +24,7 @@ KEYS, VALUES = 0, 1
 
 _METADATA = {
     Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,
     Tensor.device.__get__,  # type: ignore[attr-defined]
     Tensor.layout.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
@@ -72,7 +72,7 @@ class Handle(Tensor):
     def _make(cls, layer: CertifiedLayer, kind: int, length: int, epoch: int, repeats: int, pending: bool) -> Handle:
         middle = (layer.heads, repeats) if pending else (layer.heads * repeats,)
         shape = (layer.batch, *middle, length, layer.widths[kind])
-        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)  # type: ignore[attr-defined]
+        handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
         handle.layer, handle.kind, handle.length, handle.epoch = layer, kind, length, epoch
         handle.repeats, handle.pending = repeats, pending
         return handle
@@ -121,11 +121,7 @@ class Handle(Tensor):
             target = tuple(own if size == -1 else size for own, size in zip(self.shape, shape, strict=True))
             if target == (layer.batch, layer.heads, target[2], tokens, channels) and self.repeats in (1, target[2]):
                 return self._with(target[2], True)
-        if (
-            func is Tensor.reshape
-            and self.pending
-            and shape == (layer.batch, layer.heads * self.repeats, tokens, channels)
-        ):
+        if func is Tensor.reshape and self.pending and shape == (layer.batch, layer.heads * self.repeats, tokens, channels):
             return self._with(self.repeats, False)
         return None
 
@@ -144,9 +140,7 @@ class Handle(Tensor):
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
             handle = args[0]
             name = "values" if handle.kind else "keys"
-            return (
-                f"Handle({name} of layer {handle.layer.layer_idx}, shape={tuple(handle.shape)}, dtype={handle.dtype})"
-            )
+            return f"Handle({name} of layer {handle.layer.layer_idx}, shape={tuple(handle.shape)}, dtype={handle.dtype})"
         if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__):
             raise CachePicklingError("A handle has no data of its own; use `handle.materialise()` for a plain tensor.")
         if args and isinstance(args[0], Handle):
@@ -158,7 +152,7 @@ class Handle(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached only by code that switched `__torch_function__` off: it gets the originals too, never anything else.

@@ -90,9 +90,9 @@ def _without(module: torch.nn.Module, current: SequentialHook, hook: CertKVHook,
     if len(rest) == len(_flatten(current, None)):
         return
     if before is not None and rest == _flatten(before, None):
-        module._hf_hook = before  # type: ignore[assignment]
+        module._hf_hook = before
     else:
-        module._hf_hook = rest[0] if len(rest) == 1 else SequentialHook(*rest)  # type: ignore[assignment]
+        module._hf_hook = rest[0] if len(rest) == 1 else SequentialHook(*rest)
 
 
 def _flatten(hook: ModelHook, leave_out: ModelHook | None) -> list[ModelHook]:

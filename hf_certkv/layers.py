@@ -111,9 +111,7 @@ class CertifiedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch, self.heads, _, key_width = key_states.shape
         self.widths = (key_width, value_states.shape[-1])
-        self.shadow = ShadowPages(
-            self.layer_idx, self.batch, self.heads, self.block, self.widths, self.dtype, self.device
-        )
+        self.shadow = ShadowPages(self.layer_idx, self.batch, self.heads, self.block, self.widths, self.dtype, self.device)
         self.is_initialized = True
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -81,9 +81,7 @@ class MemoryReport:
         for name, size in self.parts.items():
             if size:
                 host = name.startswith("host_")
-                table.add_row(
-                    name.removeprefix("host_"), "" if host else human_bytes(size), human_bytes(size) if host else ""
-                )
+                table.add_row(name.removeprefix("host_"), "" if host else human_bytes(size), human_bytes(size) if host else "")
         table.add_section()
         table.add_row("total", human_bytes(self.device), human_bytes(self.host))
         table.add_row("dense cache", human_bytes(self.dense), "")
@@ -100,9 +98,7 @@ class CertificateReport:
     Relative figures are shares of the returned head output's L2 norm; quantiles are upper edges of histogram bins.
     """
 
-    def __init__(
-        self, settings: CertKVConfig, recorder: Recorder, memory: MemoryReport, exact_layers: dict[int, str]
-    ) -> None:
+    def __init__(self, settings: CertKVConfig, recorder: Recorder, memory: MemoryReport, exact_layers: dict[int, str]) -> None:
         self.settings, self.memory, self.exact_layers = settings, memory, exact_layers
         overall = recorder.overall()
         self.rung_share = rung_shares(overall)

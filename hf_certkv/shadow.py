@@ -234,4 +234,4 @@ class ShadowPages:
 
 def _checksum(page: Tensor) -> int:
     """XXH3-64 of a contiguous page's bytes."""
-    return xxhash.xxh3_64_intdigest(page.view(-1).view(torch.uint8).numpy())
+    return xxhash.xxh3_64_intdigest(page.view(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,398 @@
+"""The `certkv` command: a demonstration, generation with any model, and a plan of what a cache will take.
+
+Heavy imports stay inside the functions, so that `--help` and wrong options answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="certkv",
+    help="A quantised KV cache for Hugging Face transformers that proves, at every step, how exact it is.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+LONGEST_MESSAGE = 400  # characters of someone else's error message that are shown
+
+
+class Scope(str, Enum):
+    """Who shares a tolerance."""
+
+    head = "head"
+    layer = "layer"
+
+
+class Refine(str, Enum):
+    """Where refinement planes live."""
+
+    device = "device"
+    host = "host"
+    off = "off"
+
+
+class Policy(str, Enum):
+    """How blocks are promoted."""
+
+    budget = "budget"
+    paper = "paper"
+    naive = "naive"
+
+
+class Device(str, Enum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """Of weights, keys and values."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="'retriever', 'prose', a local folder, or a Hub name.")]
+Rtol = Annotated[float, typer.Option(help="Relative tolerance, against the norm of a head's output.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="'auto' is the dtype that the model's config names.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens a block: 16, 32, 64 or 128.")]
+ValueGroup = Annotated[int, typer.Option(help="Channels that share a value scale; 0: the whole head.")]
+RecentWindow = Annotated[int, typer.Option(help="Most recent tokens that stay exact on the device.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this JSON file.")]
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    """One line on stderr, and out."""
+    console = _err()
+    console.print("[bold red]error:[/] ", end="")
+    console.print(" ".join(message.split()), markup=False)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _friendly() -> Iterator[None]:
+    """Show the package's own errors as one line, and warnings as notes. A broken certificate ends with 1, misuse with 2."""
+    from .errors import CertificateViolation, CertKVError
+
+    def show(message: Warning | str, *_: Any) -> None:
+        _err().print("[yellow]note:[/] " + " ".join(str(message).split()))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        try:
+            yield
+        except CertificateViolation as error:
+            _fail(f"a certificate was broken, which is a bug in this package: {error}", code=1)
+        except CertKVError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            _fail("stopped; nothing was written.", code=130)
+
+
+def _quiet() -> None:
+    """Keep transformers' own progress bars and advice out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _from_pretrained(loader: Any, name: str, **options: Any) -> Any:
+    """What a transformers loader makes of a name or path; one line where it cannot."""
+    from .embedded import resolve_model
+
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        _fail(f"--model {name!r}: there is no such folder.")
+    try:
+        where = resolve_model(os.path.expanduser(name))
+        return loader.from_pretrained(where, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        message = " ".join(str(error).split())
+        _fail(f"--model {name!r} cannot be loaded: {message[:LONGEST_MESSAGE]}")
+
+
+def _check_out(path: Path | None) -> None:
+    """Refuse a file that could not be written, before the long work."""
+    if path is not None and not path.expanduser().parent.is_dir():
+        _fail(f"--json {path}: there is no folder {str(path.parent)!r}.")
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Write a file whole or not at all."""
+    path = path.expanduser()
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(data, file, indent=1)
+                file.write("\n")
+            Path(name).chmod(0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        _fail(f"{path} cannot be written: {error.strerror or error}.")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        print(f"certkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A quantised KV cache for Hugging Face transformers that proves, at every step, how exact it is."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture and the report.")] = Path("certkv-demo"),
+    tokens: Annotated[int, typer.Option(min=512, max=65536, help="Length of the haystack.")] = 8192,
+    rtol: Rtol = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the haystack and of the passage.")] = 0,
+) -> None:
+    """Compare the dense, the naive and the certified cache on the two embedded models; two minutes on a laptop."""
+    with _friendly():
+        from .config import CertKVConfig
+        from .demo import run_demo
+
+        CertKVConfig(rtol=rtol)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            _fail(f"--out {out}: {error.strerror or error}.")
+        _quiet()
+        console = Console()
+        data = run_demo(out, tokens, rtol, seed, console)
+        _write_json(out / "report.json", data)
+        console.print(f"The picture is {out / 'demo.png'}, everything measured is in {out / 'report.json'}.")
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        _fail("--prompt and --prompt-file were both given: expected one of them.")
+    if prompt_file is not None:
+        try:
+            text, source = prompt_file.read_text(encoding="utf-8"), f"--prompt-file {prompt_file}"
+        except (OSError, UnicodeDecodeError) as error:
+            _fail(f"--prompt-file {prompt_file}: {getattr(error, 'strerror', None) or error}.")
+    elif prompt is not None:
+        text, source = prompt, "--prompt"
+    elif sys.stdin is None or sys.stdin.isatty():
+        _fail("no prompt: give --prompt, --prompt-file, or pipe a text in.")
+    else:
+        text, source = sys.stdin.read(), "standard input"
+    if not text.strip():
+        _fail(f"{source}: the prompt is empty.")
+    return text
+
+
+class _Stream:
+    """A streamer that ends a spinner when the first token arrives, then hands everything on to another streamer."""
+
+    def __init__(self, inner: Any, status: Any) -> None:
+        self.inner, self.status, self.calls = inner, status, 0
+
+    def put(self, value: Any) -> None:
+        """Take the prompt first, then token by token."""
+        self.calls += 1
+        if self.calls == 2:
+            self.status.stop()
+        self.inner.put(value)
+
+    def end(self) -> None:
+        """The text is over."""
+        self.status.stop()
+        self.inner.end()
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    rtol: Rtol = 0.05,
+    atol: Annotated[float, typer.Option(help="Absolute tolerance, in units of the values.")] = 0.0,
+    scope: Annotated[Scope, typer.Option(help="Whether each head or each layer meets the tolerance.")] = Scope.head,
+    value_bits: Annotated[int, typer.Option(help="Bits of a value: 4 or 8.")] = 4,
+    refine: Annotated[Refine, typer.Option(help="Where refinement planes live.")] = Refine.host,
+    block_size: BlockSize = 64,
+    policy: Annotated[Policy, typer.Option(help="'naive' certifies nothing: a baseline.")] = Policy.budget,
+    dtype: DtypeOption = Dtype.auto,
+    device: Annotated[Device, typer.Option(help="'auto' is CUDA where there is one.")] = Device.auto,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling; implies --sample.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    json_file: JsonFile = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Compare every output with exact attention; slow.")] = False,
+) -> None:
+    """Continue a text with a certified cache: the text on stdout, the certificate on stderr."""
+    if temperature is not None and not 0 < temperature < float("inf"):
+        _fail(f"--temperature {temperature}: expected a number above 0.")
+    with _friendly():
+        from .config import CertKVConfig
+
+        settings = CertKVConfig.from_dict(
+            {"rtol": rtol, "atol": atol, "scope": scope.value, "value_bits": value_bits, "refine": refine.value,
+             "block_size": block_size, "policy": policy.value, "audit": audit, "seed": seed}
+        )  # fmt: skip
+        _check_out(json_file)
+        text = _read_prompt(prompt, prompt_file)
+        _generate(model, text, settings, max_new_tokens, dtype, device, sample, temperature, seed, json_file)
+
+
+def _generate(
+    name: str,
+    text: str,
+    settings: Any,
+    max_new_tokens: int,
+    dtype: Dtype,
+    device: Device,
+    sample: bool,
+    temperature: float | None,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from .cache import CertifiedQuantizedCache
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        _fail("--device cuda: torch sees no CUDA device here.")
+    where = "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
+    _quiet()
+    err = _err()
+    with err.status(f"loading {name}"):
+        tokenizer = _from_pretrained(AutoTokenizer, name)
+        loaded = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype.value).to(where).eval()
+    inputs = tokenizer(text, return_tensors="pt").to(where)
+    length = inputs["input_ids"].shape[1]
+    if length == 0:
+        _fail("the prompt has no tokens.")
+    longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        warnings.warn(f"{length} + {max_new_tokens} tokens are more than the {longest} the model was made for.", stacklevel=2)
+    cache = CertifiedQuantizedCache(loaded.config, settings=settings)
+    options: dict[str, Any] = {"do_sample": sample or temperature is not None}
+    if temperature is not None:
+        options["temperature"] = temperature
+    torch.manual_seed(seed)
+    status = err.status(f"reading {length:,} tokens")
+    stream = _Stream(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), status)
+    with status:
+        output = loaded.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], past_key_values=cache,
+            max_new_tokens=max_new_tokens, streamer=stream, **options,
+        )  # fmt: skip
+    report = cache.report()
+    new = output[0, length:].tolist()
+    err.print(report)
+    if not report.to_dict()["overall"]["head_steps"]:
+        err.print(f"Nothing was quantised: {length + len(new)} tokens are too few (caches stay exact below ~400 tokens).")
+    if json_file is not None:
+        _write_json(
+            json_file,
+            {"model": name, "text": tokenizer.decode(new, skip_special_tokens=True), "token_ids": new,
+             "prompt_tokens": length, "report": report.to_dict()},
+        )  # fmt: skip
+
+
+@app.command()
+def plan(
+    model: Model,
+    context: Annotated[int, typer.Option("--context", "-n", help="Tokens that the cache is to hold.")],
+    batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
+    dtype: DtypeOption = Dtype.auto,
+    block_size: BlockSize = 64,
+    value_group: ValueGroup = 32,
+    recent_window: RecentWindow = 64,
+    hot_blocks: Annotated[int, typer.Option(help="Promoted blocks a head that may stay on the device.")] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Say what each format takes on the device and on the host, from the model's config alone."""
+    with _friendly():
+        from .config import CertKVConfig
+
+        settings = CertKVConfig(
+            block_size=block_size, value_group=value_group, recent_window=recent_window, hot_blocks=hot_blocks
+        )
+        _check_out(json_file)
+        _quiet()
+        _plan(model, context, batch, dtype, settings, json_file)
+
+
+def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json_file: Path | None) -> None:
+    import torch
+    from transformers import AutoConfig
+
+    from .plan import plan_memory, uncounted_layers
+    from .report import human_bytes
+
+    config = _from_pretrained(AutoConfig, name)
+    stated = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
+    if isinstance(stated, str):
+        stated = getattr(torch, stated, None)
+    chosen = getattr(torch, dtype.value) if dtype is not Dtype.auto else stated
+    if not isinstance(chosen, torch.dtype):
+        chosen = torch.bfloat16
+        warnings.warn("The config names no dtype: bfloat16 is assumed. Give --dtype for another.", stacklevel=2)
+    rows = {
+        f"K8 V{bits}, refine={refine}": plan_memory(
+            config, context, batch, chosen, settings.replace(value_bits=bits, refine=refine)
+        )
+        for bits in (4, 8)
+        for refine in ("off", "host", "device")
+    }
+    dense = next(iter(rows.values())).dense
+    kind = str(chosen).removeprefix("torch.")
+    table = Table(title=f"{name}: {context:,} tokens x {batch} row(s), {kind}, blocks of {settings.block_size}")
+    for column in ("cache", "device", "of dense", "host", "device bytes a token"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    table.add_row("dense (DynamicCache)", human_bytes(dense), "100.0%", "-", f"{dense / context / batch:,.0f}")
+    table.add_section()
+    for label, memory in rows.items():
+        share, token = f"{memory.ratio:.1%}", f"{memory.device / context / batch:,.0f}"
+        table.add_row(label, human_bytes(memory.device), share, human_bytes(memory.host), token)
+    Console().print(table)
+    uncounted = uncounted_layers(config)
+    if uncounted:
+        _err().print(f"Not counted: {len(uncounted)} layer(s) of other kinds, whose states the config does not size.")
+    if json_file is not None:
+        _write_json(
+            json_file,
+            {"model": name, "context": context, "batch": batch, "dtype": kind, "settings": settings.to_dict(),
+             "dense_bytes": dense, "uncounted_layers": sorted(uncounted),
+             "formats": {label: memory.to_dict() for label, memory in rows.items()}},
+        )  # fmt: skip
