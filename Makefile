@@ -2,15 +2,12 @@
 #   make demo    make test
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST := $(VENV)-oldest
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint unit measure clean
-
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
-	touch $@
+.PHONY: demo test lint unit oldest measure clean
 
 demo: $(VENV)/.installed
 	$(BIN)/certkv demo --out demo_out
@@ -25,9 +22,24 @@ lint: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-# The committed figures in benchmarks/results and docs/measurements.md (about an hour on two cores).
+# The behaviour tests on the oldest transformers that is supported.
+oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/test_generate.py tests/test_layers.py tests/test_handles.py
+
+# The figures of docs/measurements.md (about an hour on two cores); TEXT is a book as plain text.
 measure: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.measure
+	$(BIN)/python -m benchmarks.measure all $(if $(TEXT),--text $(TEXT))
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) -c constraints.txt -e ".[test]"
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python $(PIP) -c $(OLDEST)/constraints.txt -e ".[test]" transformers==5.17.0
+	touch $@
 
 clean:
-	rm -rf $(VENV) demo_out
+	rm -rf $(VENV) $(OLDEST) demo_out

@@ -58,7 +58,8 @@ class CertKVConfig:
             nothing (a baseline for comparisons).
         block_size: tokens a block (16, 32, 64 or 128).
         value_bits: bits of a value that the main pass reads (4 or 8). Keys have 8.
-        value_group: channels that share a value scale; 0 puts the whole head in one group.
+        value_group: channels that share a value scale; 0 puts the whole head in one group; None is 32 for 4-bit values and
+            the whole head for 8-bit ones.
         refine: where the refinement planes (four further bits of keys, and of 4-bit values) live: `"device"`, `"host"`,
             or `"off"` to keep none.
         sink_blocks: first blocks of the sequence that stay exact on the device.
@@ -86,7 +87,7 @@ class CertKVConfig:
     policy: Policy = "budget"
     block_size: int = 64
     value_bits: int = 4
-    value_group: int = 32
+    value_group: int | None = None
     refine: Refine = "host"
     sink_blocks: int = 1
     recent_window: int = 64
@@ -128,8 +129,9 @@ class CertKVConfig:
         for name in _SHARES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share between 0 and 1.")
-        if self.value_group < 0 or self.value_group == 1:
-            raise ConfigError(f"value_group={self.value_group!r}: expected 0 (the whole head) or at least 2 channels.")
+        group = self.value_group
+        if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 0 or group == 1):
+            raise ConfigError(f"value_group={group!r}: expected None, 0 (the whole head) or at least 2 channels.")
         if self.paper_k_max < self.paper_k_min:
             raise ConfigError(f"paper_k_max={self.paper_k_max}: expected at least paper_k_min={self.paper_k_min}.")
 
@@ -150,6 +152,13 @@ class CertKVConfig:
     def naive(cls, **changes: Any) -> CertKVConfig:
         """UNCERTIFIED baseline: the same formats and exact recent window, no promotion, no fallback, only logging."""
         return cls(**{"policy": "naive", **changes})
+
+    @property
+    def value_scale_channels(self) -> int:
+        """Channels that share a value scale, 0 for the whole head: `value_group`, or what None stands for."""
+        if self.value_group is not None:
+            return self.value_group
+        return 32 if self.value_bits == 4 else 0
 
     @property
     def certified(self) -> bool:

@@ -1,6 +1,6 @@
 """One certified decode step of one layer: pass, certificate, promotions, dense rungs, record.
 
-A reader follows it downwards: `certified_decode` -> `_first_pass` -> `_certify` -> `_promote` -> `_dense_units` -> `_record`.
+A reader follows it downwards: `certified_decode` -> `first_pass` -> `certify` -> `climb` -> `finish`.
 Rows: the query heads of a KV head and their positions, `row = head_in_group * positions + position`.
 """
 
@@ -17,6 +17,7 @@ from .attention import AttentionCall, is_packed
 from .audit import audit_step
 from .certificate import StepRecord
 from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
+from .dense import dense_bound, dense_layer, dense_unit
 from .handle import KEYS, VALUES
 from .kernels import reference as kernel
 from .ladder import Rung
@@ -180,7 +181,7 @@ class DecodeStep:
             return bounds.meets(self.bound, budget), budget
         # One budget for the heads of a batch row and position: heads along the last axis. What goes to the dense rung will
         # have the rounding bound only; `finish` looks again when the dense outputs are there.
-        served = torch.where(self.dense.unsqueeze(-1), self._dense_bound(self.norm), self.bound)
+        served = torch.where(self.dense.unsqueeze(-1), dense_bound(self, self.norm), self.bound)
         bound, norm = self._by_position(served), self._by_position(self.norm)
         budget = ladder.head_budget(config.rtol, config.atol, norm.square().sum(dim=-1).sqrt())
         together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
@@ -241,7 +242,7 @@ class DecodeStep:
         )
         # A head whose promotion would move more than a fair share of its originals is cheaper dense.
         moved = self._originals_bytes(key_level, value_level)
-        self.dense |= moved > self.config.dense_head_share * self._unit_bytes()
+        self.dense |= moved > self.config.dense_head_share * self.unit_bytes()
         keep = self.dense.unsqueeze(-1)
         return self.raise_to(torch.where(keep, self.key_level, key_level), torch.where(keep, self.value_level, value_level))
 
@@ -249,7 +250,7 @@ class DecodeStep:
         item = self.layer.dtype.itemsize * self.layer.block
         return item * self.layer.widths[0], item * self.layer.widths[1]
 
-    def _unit_bytes(self) -> int:
+    def unit_bytes(self) -> int:
         """Bytes of one KV head's originals on the host."""
         return self.blocks * sum(self._page_bytes())
 
@@ -310,17 +311,18 @@ class DecodeStep:
         """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
         batch = self.dense.shape[0]
         if self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
-            output = self._dense_layer()
+            output = dense_layer(self)
         else:
             for row, head in self.dense.nonzero().tolist():
-                self._dense_unit(row, head)
-            self._dense_bounds()
+                dense_unit(self, row, head)
+            self._close_bounds()
             output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
+            # A budget that heads share is met only together with what the dense ones turned out to be.
             met = self.targets()[0] | self.dense.unsqueeze(-1) | (not self.config.certified)
             if not bool(met.all()):
-                output = self._dense_layer()
+                output = dense_layer(self)
         if self.whole_layer:
-            self._dense_bounds()
+            self._close_bounds()
         error = torch.full_like(self.bound, math.nan)
         if self.config.audit:
             error = audit_step(self)
@@ -328,58 +330,12 @@ class DecodeStep:
         self._record(error)
         return output
 
-    def _dense_layer(self) -> Tensor:
-        """Everything, by the very call that the model made: bit for bit what a dense cache gives."""
-        call = self.call
-        self.whole_layer = True
-        self.dense.fill_(True)
-        key, value = call.key.materialise(), call.value.materialise()  # type: ignore[attr-defined]
-        self.bytes_moved += self._unit_bytes() * self.dense.numel()
-        output = call.dense(call.query, key, value, call.mask, call.sinks)
-        self.output = output.reshape(self.shape)
-        return output
-
-    def _dense_unit(self, row: int, head: int) -> None:
-        """One KV head's query heads, densely, by the very function the model called."""
-        call, layer = self.call, self.layer
-        mine = slice(head * self.groups, (head + 1) * self.groups)
-        query = call.query[row : row + 1, mine]
-        key, value = layer.unit_originals(KEYS, row, head), layer.unit_originals(VALUES, row, head)
-        mask = call.mask
-        if mask is not None:
-            mask = mask[(None,) * (4 - mask.dim())]
-            mask = mask[row : row + 1] if mask.shape[0] > 1 else mask
-            mask = mask[:, mine] if mask.shape[1] > 1 else mask
-        sinks = call.sinks
-        if sinks is not None:
-            per_head = sinks.shape[0] // layer.heads
-            sinks = sinks[head * per_head : (head + 1) * per_head]
-        key, value = (part.expand(-1, self.groups, -1, -1) for part in (key, value))
-        self.bytes_moved += self._unit_bytes()
-        self.output[row, head] = call.dense(query, key, value, mask, sinks).reshape(self.rows, -1)
-
-    def _dense_bounds(self) -> None:
+    def _close_bounds(self) -> None:
         """Norms and bounds of what is returned; rows served densely have an expected error of 0."""
         here = self.dense.unsqueeze(-1)
         self.norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
-        self.bound = torch.where(here, self._dense_bound(self.norm), self.bound)
+        self.bound = torch.where(here, dense_bound(self, self.norm), self.bound)
         self.expected = torch.where(here, torch.zeros_like(self.expected), self.expected)
-
-    def _dense_bound(self, norm: Tensor) -> Tensor:
-        """The rounding bound of section 5 for an output of this norm from SDPA, whose order of summation is not ours."""
-        dtype, tokens = self.output.dtype, self.layer.sequence_length
-        rescalings = 2 + tokens // 32
-        slack = bounds.weight_slack(3 * self.slack, rescalings)
-        rounding = bounds.rounding_error(
-            slack,
-            self.value_radius,
-            tokens,
-            rescalings,
-            tokens,
-            self.shape[3],
-            weight_cast=bounds.OUTPUT_ROUNDOFF[dtype][0],
-        )
-        return rounding + bounds.output_rounding(norm, self.shape[3], dtype)
 
     def _keep_hot(self) -> None:
         """Originals of promoted blocks stay on the device, as far as there are slots."""

@@ -22,17 +22,8 @@ if TYPE_CHECKING:
 
 KEYS, VALUES = 0, 1
 
-_METADATA = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-    Tensor.is_leaf.__get__,  # type: ignore[attr-defined]
-    Tensor.itemsize.__get__,  # type: ignore[attr-defined]
-    Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_leaf", "itemsize", "nbytes")
+_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,

@@ -44,7 +44,7 @@ class CertifiedLayer(CacheLayerMixin):
         self.config, self.layer_idx = config, layer_idx
         self._owner = weakref.ref(cache)
         self.key_codec = KeyCodec(refine=config.refine != "off")
-        self.value_codec = ValueCodec(config.value_bits, config.value_group, refine=config.refine != "off")
+        self.value_codec = ValueCodec(config.value_bits, config.value_scale_channels, refine=config.refine != "off")
         self.epoch = 0
         super().__init__()
         self._clear()

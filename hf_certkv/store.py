@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .codecs import EncodedBlocks, KeyCodec, ValueCodec
 
-ENCODE_NUMBERS = 2**17  # numbers quantised at a time: bounds the float64 scratch of a prefill
+ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
 
 
 class GrowingBuffer:

@@ -1,0 +1,76 @@
+"""What every measurement shares: the text, the machine's description, and how a result is saved."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import hf_certkv
+from hf_certkv import CertifiedQuantizedCache, CertKVConfig
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "hf_certkv"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_certkv": hf_certkv.__version__,
+        "commit": commit + (" + uncommitted changes" if dirty else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write one result, with the machine it was measured on, under `benchmarks/results`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+@contextmanager
+def timed(result: dict[str, Any]) -> Iterator[None]:
+    """Note the seconds that a part took (for planning the next run; no claim is made of them)."""
+    start = time.perf_counter()
+    yield
+    result["seconds"] = round(time.perf_counter() - start, 1)
+
+
+def passages(tokenizer: Any, text: Path, count: int, tokens: int) -> torch.Tensor:
+    """`count` passages of a book, evenly spread over it: int64 `[count, tokens]`.
+
+    Raises: ValueError: the text is too short.
+    """
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    if len(ids) < tokens + count:
+        raise ValueError(f"{text} has {len(ids)} tokens; {count} passages of {tokens} need at least {tokens + count}.")
+    starts = torch.linspace(0, len(ids) - tokens, count).long()
+    return torch.stack([ids[start : start + tokens] for start in starts])
+
+
+def make_cache(config: Any, settings: CertKVConfig) -> CertifiedQuantizedCache:
+    """A cache with these settings, for one run."""
+    return CertifiedQuantizedCache(config, settings=settings)
