@@ -6,6 +6,7 @@ the certificate does not cover), or, for plain tensors, untouched.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +130,8 @@ def certifiable(call: AttentionCall) -> CertifiedLayer | None:
         return None
     if query.dim() != 4 or query.shape[0] != layer.batch or query.shape[1] % layer.heads or query.dtype != layer.dtype:
         return None
+    if query.shape[1] != layer.heads * key.repeats and not call.enable_gqa:
+        return None
     if query.shape[3] != layer.widths[0] or query.device != layer.device or call.dropout or call.is_causal:
         return None
     if call.mask is not None and not _mask_fits(call.mask, query, layer.sequence_length):
@@ -139,7 +142,7 @@ def certifiable(call: AttentionCall) -> CertifiedLayer | None:
 
 def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:
     """Whether the mask broadcasts to `[batch, query_heads, positions, tokens]` and has a type that SDPA takes."""
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32) or mask.dim() > 4 or mask.shape[-1] != tokens:
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32) or not 2 <= mask.dim() <= 4 or mask.shape[-1] != tokens:
         return False
     full = (*query.shape[:3], tokens)
     return all(size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False))
@@ -188,10 +191,11 @@ def certkv_attention(
     """
     unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _HARMLESS)
     if unknown or kwargs.get("output_attentions"):
-        raise InputError(
-            f"attn_implementation='certkv' was given {unknown or ['output_attentions']}, which it does not know how to honour. "
-            "Use attn_implementation='sdpa' or 'eager' for this model: the cache then serves the exact originals."
-        )
+        with key.layer.cache.step_guard() if isinstance(key, Handle) else nullcontext():
+            raise InputError(
+                f"attn_implementation='certkv' was given {unknown or ['output_attentions']}, which it does not know how to "
+                "honour. Use attn_implementation='sdpa' or 'eager' for this model: the cache then serves the exact originals."
+            )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     positions, tokens = query.shape[2], key.shape[2]
     mask = attention_mask

@@ -165,7 +165,10 @@ class CertifiedQuantizedCache(Cache):
             layer = self.layers[layer_idx]
             if isinstance(layer, CertifiedLayer):
                 try:
-                    layer.crop(-count)
+                    if layer.get_seq_length() == count:
+                        layer.reset()
+                    else:
+                        layer.crop(-count)
                 except Exception as error:
                     self._broken = f"layer {layer_idx}: {error}"
                     continue
@@ -195,10 +198,32 @@ class CertifiedQuantizedCache(Cache):
                 stacklevel=2,
             )
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last tokens from every layer, exactly. Args: tokens_to_remove: zero or negative."""
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Between steps: end the one before; put every layer's attributes back when what runs inside fails."""
         self._end_step()
-        super().crop(tokens_to_remove)
+        before = [dict(layer.__dict__) for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, attributes in zip(self.layers, before, strict=True):
+                layer.__dict__.clear()
+                layer.__dict__.update(attributes)
+            raise
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens from every layer, exactly. Args: tokens_to_remove: zero or negative.
+
+        Raises: InputError: more tokens than are held; CorruptedPageError: originals are needed and damaged. All layers are
+            then as they were.
+        """
+        with self._all_or_nothing():
+            carry_out = [layer.prepare_crop(tokens_to_remove) for layer in self.certified_layers]
+            for layer in self.layers:
+                if not isinstance(layer, CertifiedLayer):
+                    layer.crop(tokens_to_remove)
+        for part in carry_out:
+            part()
 
     def reset(self) -> None:
         """Forget all tokens; records stay."""
@@ -207,19 +232,19 @@ class CertifiedQuantizedCache(Cache):
         super().reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch rows of every layer for beam search."""
-        self._end_step()
-        super().reorder_cache(beam_idx)
+        """Reorder the batch rows of every layer for beam search; on an error all layers are as they were."""
+        with self._all_or_nothing():
+            super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every batch row of every layer."""
-        self._end_step()
-        super().batch_repeat_interleave(repeats)
+        """Repeat every batch row of every layer; on an error all layers are as they were."""
+        with self._all_or_nothing():
+            super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some batch rows of every layer."""
-        self._end_step()
-        super().batch_select_indices(indices)
+        """Keep some batch rows of every layer; on an error all layers are as they were."""
+        with self._all_or_nothing():
+            super().batch_select_indices(indices)
 
     @property
     def is_compileable(self) -> bool:
@@ -240,7 +265,7 @@ class CertifiedQuantizedCache(Cache):
                 dense += layer.dense_nbytes()
                 sizes = layer.nbytes()
             else:
-                size = sum(_tensor_bytes(value) for value in vars(layer).values())
+                size = storage_bytes(vars(layer))
                 dense += size
                 sizes = {"exact_layers": size}
             for name, size in sizes.items():
@@ -281,11 +306,20 @@ class CertifiedQuantizedCache(Cache):
         return max(lengths, default=0)
 
 
-def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, (list, tuple)):
-        return sum(_tensor_bytes(part) for part in value)
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(part) for part in value.values())
-    return 0
+def storage_bytes(attributes: dict[str, Any]) -> int:
+    """Bytes that the tensors among a layer's attributes keep alive: whole storages, each counted once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                visit(part)
+        elif isinstance(value, dict):
+            for part in value.values():
+                visit(part)
+
+    visit(attributes)
+    return sum(storages.values())

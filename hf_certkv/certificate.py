@@ -16,7 +16,8 @@ from .ladder import Rung
 BINS_PER_DECADE = 16
 LOWEST, HIGHEST = -14, 6  # decades
 BINS = (HIGHEST - LOWEST) * BINS_PER_DECADE + 2  # below, inside, above (and what is not a number)
-METRICS = ("candidate", "bound", "expected", "error", "tightness")
+METRICS = ("candidate", "bound", "dense_bound", "expected", "error", "tightness")
+DENSE = (Rung.DENSE_HEAD, Rung.DENSE_LAYER)
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,18 @@ class StepRecord:
     bytes_moved: int
 
     def relative(self) -> dict[str, np.ndarray]:
-        """The metrics: bounds and errors over the output's norm, and bound over true error."""
+        """The metrics: bounds and errors over the output's norm, and bound over true error.
+
+        `bound` is that of certified outputs and NaN elsewhere; `dense_bound`, the rounding bound of dense ones, may exceed
+        the tolerance: nothing more exact can be had. `tightness` is of certified outputs.
+        """
+        dense = np.isin(self.rung, DENSE)
         with np.errstate(divide="ignore", invalid="ignore"):
-            figures = {name: getattr(self, name) / self.norm for name in METRICS[:-1]}
-            return {**figures, "tightness": self.bound / self.error}
+            figures = {name: getattr(self, name) / self.norm for name in ("candidate", "bound", "expected", "error")}
+            figures["dense_bound"] = np.where(dense, figures["bound"], np.nan)
+            figures["bound"] = np.where(dense, np.nan, figures["bound"])
+            figures["tightness"] = figures["bound"] / figures["error"]
+        return figures
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; NaN becomes None."""
@@ -56,7 +65,7 @@ class StepRecord:
             out[name] = getattr(self, name).tolist()
         for name in ("candidate", "bound", "expected", "norm", "error"):
             values: np.ndarray = getattr(self, name)
-            out[name] = np.where(np.isfinite(values), values.astype(object), None).tolist()
+            out[name] = np.where(np.isfinite(values), values.astype(object), np.array(None, dtype=object)).tolist()
         return out
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -28,66 +29,41 @@ app = typer.Typer(
 )
 
 LONGEST_MESSAGE = 400  # characters of someone else's error message that are shown
+FILE_WIDTH = 118  # columns where the output is no terminal: the certificate's table fits
 
 
-class Scope(str, Enum):
-    """Who shares a tolerance."""
-
-    head = "head"
-    layer = "layer"
-
-
-class Refine(str, Enum):
-    """Where refinement planes live."""
-
-    device = "device"
-    host = "host"
-    off = "off"
-
-
-class Policy(str, Enum):
-    """How blocks are promoted."""
-
-    budget = "budget"
-    paper = "paper"
-    naive = "naive"
-
-
-class Device(str, Enum):
-    """Where the model runs."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    """Of weights, keys and values."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
+Scope = Enum("Scope", {"head": "head", "layer": "layer"}, type=str)
+Refine = Enum("Refine", {"device": "device", "host": "host", "off": "off"}, type=str)
+Policy = Enum("Policy", {"budget": "budget", "paper": "paper", "naive": "naive"}, type=str)
+Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}, type=str)
+Dtype = Enum("Dtype", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'retriever', 'prose', a local folder, or a Hub name.")]
 Rtol = Annotated[float, typer.Option(help="Relative tolerance, against the norm of a head's output.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="'auto' is the dtype that the model's config names.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens a block: 16, 32, 64 or 128.")]
-ValueGroup = Annotated[int, typer.Option(help="Channels that share a value scale; 0: the whole head.")]
+ValueGroup = Annotated[
+    int | None, typer.Option(help="Channels that share a value scale; 0: the whole head. Unset: 32, or the whole head for V8.")
+]
 RecentWindow = Annotated[int, typer.Option(help="Most recent tokens that stay exact on the device.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this JSON file.")]
 
 
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
+
+
 def _err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return _console(stderr=True)
 
 
 def _fail(message: str, code: int = 2) -> NoReturn:
     """One line on stderr, and out."""
     console = _err()
-    console.print("[bold red]error:[/] ", end="")
-    console.print(" ".join(message.split()), markup=False)
+    console.print("[bold red]error:[/] " + escape(" ".join(message.split())), soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -97,7 +73,7 @@ def _friendly() -> Iterator[None]:
     from .errors import CertificateViolation, CertKVError
 
     def show(message: Warning | str, *_: Any) -> None:
-        _err().print("[yellow]note:[/] " + " ".join(str(message).split()))
+        _err().print("[yellow]note:[/] " + escape(" ".join(str(message).split())), soft_wrap=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
@@ -107,14 +83,21 @@ def _friendly() -> Iterator[None]:
             _fail(f"a certificate was broken, which is a bug in this package: {error}", code=1)
         except CertKVError as error:
             _fail(str(error))
+        except (MemoryError, RuntimeError) as error:
+            # torch's own class is a RuntimeError on a GPU; anything else of that kind deserves its traceback.
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            _fail(f"out of memory: {str(error)[:LONGEST_MESSAGE]}", code=1)
         except KeyboardInterrupt:
-            _fail("stopped; nothing was written.", code=130)
+            _fail("stopped.", code=130)
 
 
 def _quiet() -> None:
-    """Keep transformers' own progress bars and advice out of the output."""
+    """Keep progress bars, advice and retries of transformers and the Hub out of the output."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -127,7 +110,8 @@ def _from_pretrained(loader: Any, name: str, **options: Any) -> Any:
         _fail(f"--model {name!r}: there is no such folder.")
     try:
         where = resolve_model(os.path.expanduser(name))
-        return loader.from_pretrained(where, **options)
+        with _err().status(f"loading {escape(name)}"):
+            return loader.from_pretrained(where, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:
         message = " ".join(str(error).split())
         _fail(f"--model {name!r} cannot be loaded: {message[:LONGEST_MESSAGE]}")
@@ -192,10 +176,11 @@ def demo(
         except OSError as error:
             _fail(f"--out {out}: {error.strerror or error}.")
         _quiet()
-        console = Console()
+        console = _console(stderr=False)
         data = run_demo(out, tokens, rtol, seed, console)
         _write_json(out / "report.json", data)
-        console.print(f"The picture is {out / 'demo.png'}, everything measured is in {out / 'report.json'}.")
+        where = escape(f"The picture is {out / 'demo.png'}, everything measured is in {out / 'report.json'}.")
+        console.print(where, soft_wrap=True)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -208,10 +193,11 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
             _fail(f"--prompt-file {prompt_file}: {getattr(error, 'strerror', None) or error}.")
     elif prompt is not None:
         text, source = prompt, "--prompt"
-    elif sys.stdin is None or sys.stdin.isatty():
-        _fail("no prompt: give --prompt, --prompt-file, or pipe a text in.")
     else:
-        text, source = sys.stdin.read(), "standard input"
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+        if not text:
+            _fail("no prompt: give --prompt, --prompt-file, or pipe a text in.")
+        source = "standard input"
     if not text.strip():
         _fail(f"{source}: the prompt is empty.")
     return text
@@ -294,9 +280,8 @@ def _generate(
     where = "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
     _quiet()
     err = _err()
-    with err.status(f"loading {name}"):
-        tokenizer = _from_pretrained(AutoTokenizer, name)
-        loaded = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype.value).to(where).eval()
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    loaded = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype.value).to(where).eval()
     inputs = tokenizer(text, return_tensors="pt").to(where)
     length = inputs["input_ids"].shape[1]
     if length == 0:
@@ -318,9 +303,10 @@ def _generate(
         )  # fmt: skip
     report = cache.report()
     new = output[0, length:].tolist()
-    err.print(report)
-    if not report.to_dict()["overall"]["head_steps"]:
-        err.print(f"Nothing was quantised: {length + len(new)} tokens are too few (caches stay exact below ~400 tokens).")
+    if report.to_dict()["overall"]["head_steps"]:
+        err.print(report)
+    else:
+        err.print("Nothing was quantised, so every step was exact: so few tokens (or no layer of this model) call for it.")
     if json_file is not None:
         _write_json(
             json_file,
@@ -336,7 +322,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     dtype: DtypeOption = Dtype.auto,
     block_size: BlockSize = 64,
-    value_group: ValueGroup = 32,
+    value_group: ValueGroup = None,
     recent_window: RecentWindow = 64,
     hot_blocks: Annotated[int, typer.Option(help="Promoted blocks a head that may stay on the device.")] = 0,
     json_file: JsonFile = None,
@@ -385,7 +371,7 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     for label, memory in rows.items():
         share, token = f"{memory.ratio:.1%}", f"{memory.device / context / batch:,.0f}"
         table.add_row(label, human_bytes(memory.device), share, human_bytes(memory.host), token)
-    Console().print(table)
+    _console(stderr=False).print(table)
     uncounted = uncounted_layers(config)
     if uncounted:
         _err().print(f"Not counted: {len(uncounted)} layer(s) of other kinds, whose states the config does not size.")

@@ -338,7 +338,7 @@ class DecodeStep:
         self.expected = torch.where(here, torch.zeros_like(self.expected), self.expected)
 
     def _keep_hot(self) -> None:
-        """Originals of promoted blocks stay on the device, as far as there are slots."""
+        """Note which blocks were promoted: their originals are fetched into the hot slots before the next step."""
         layer = self.layer
         if layer.hot.slots == 0 or self.whole_layer:
             return
@@ -346,12 +346,7 @@ class DecodeStep:
         step = layer.cache.recorder.step
         hot_index: Index = tuple(torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True))  # type: ignore[assignment]
         layer.hot.touch(hot_index, step)
-        index: Index = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
-        if len(index[0]) == 0:
-            return
-        assert layer.shadow is not None
-        keys, values = layer.shadow.read_pages(KEYS, *index), layer.shadow.read_pages(VALUES, *index)
-        layer.hot.insert(index, keys, values, layer.batch, layer.heads, step)
+        layer.wanted = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
 
     def _record(self, error: Tensor) -> None:
         def by_head(rows: Tensor) -> np.ndarray:

@@ -76,11 +76,12 @@ def run_demo(out: Path, tokens: int, rtol: float, seed: int, console: Console) -
     passage_tokens = max(320, min(PASSAGE_TOKENS, tokens // 4))
     questions = min(QUESTIONS, tokens // 32)
     hard = HARD_MARGIN + math.log(tokens / HARD_TOKENS)
+    screen = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with (
         torch.inference_mode(),
         warnings.catch_warnings(),
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress,
     ):
         # That the naive cache certifies nothing is what the demonstration is about; the tables say it.
         warnings.filterwarnings("ignore", message=".*certifies NOTHING")
@@ -182,41 +183,37 @@ def _decode(
     return new
 
 
-def _mark(same: bool) -> str:
-    return "[green]=[/]" if same else "[bold red]≠[/]"
-
-
 def _print_questions(console: Console, haystack: Haystack, runs: dict[str, Run], words: Any) -> None:
     """Some hard questions: those where the caches' answers differ first, then others in order."""
     dense = runs["dense"].answers
     order = sorted(range(len(dense)), key=lambda i: all(runs[kind].answers[i] == dense[i] for kind in CACHES))
     chosen = sorted(order[:SHOWN])
-    table = Table(
-        title=f"{len(chosen)} of {len(dense)} hard questions, those that differ first among them (= as dense)",
-        title_justify="left",
-    )
-    for column in ("at token", "word asked", "in the text", *CACHES):
-        table.add_column(column, justify="right" if column == "at token" else "left")
+    differing = sum(any(runs[kind].answers[i] != dense[i] for kind in CACHES) for i in range(len(dense)))
+    table = Table(title=f"{len(chosen)} of {len(dense)} hard questions to retriever", title_justify="left")
+    table.caption = f"≠: not as dense ({differing} in all; shown first)"
+    for column in ("word asked", "in the text", *CACHES):
+        table.add_column(column)
     for i in chosen:
-        needle = haystack.needles[i]
-        cells = [words.convert_ids_to_tokens(runs[kind].answers[i]) for kind in CACHES]
-        marks = ["", *(_mark(runs[kind].answers[i] == dense[i]) + " " for kind in CACHES[1:])]
-        table.add_row(
-            f"{needle.position:,}", needle.key, needle.value,
-            *(mark + cell for mark, cell in zip(marks, cells, strict=True)),
-        )  # fmt: skip
+        needle, cells = haystack.needles[i], []
+        for kind in CACHES:
+            answer = runs[kind].answers[i]
+            right = answer == needle.value_id
+            cell = "[green]right[/]" if right else f"[red]{words.convert_ids_to_tokens(answer)}[/]"
+            cells.append(cell if answer == dense[i] else f"[bold red]≠[/] {cell}")
+        table.add_row(needle.key, needle.value, *cells)
     console.print(table)
 
 
 def _print_prose(console: Console, runs: dict[str, Run], tokenizer: Any) -> None:
     table = Table(title="prose continues its own passage", title_justify="left", show_lines=True)
-    for column in ("cache", "agrees", "continuation"):
+    for column in ("cache", "as dense", "continuation"):
         table.add_column(column)
     dense = runs["dense"].answers
     for kind in CACHES:
         answers = runs[kind].answers
         agreed = _first_difference(answers, dense)
-        note = "" if kind == "dense" else f"{_mark(agreed == len(dense))} {agreed} of {len(dense)} tokens"
+        mark = "[green]=[/]" if agreed == len(dense) else "[bold red]≠[/]"
+        note = "" if kind == "dense" else f"{mark} {agreed} of {len(dense)} tokens"
         table.add_row(kind, note, Text(" ".join(tokenizer.decode(answers).split())))
     console.print(table)
 
@@ -227,20 +224,22 @@ def _first_difference(answers: list[int], dense: list[int]) -> int:
 
 def _print_summary(console: Console, runs: dict[str, dict[str, Run]], values: list[int]) -> None:
     table = Table(title="what each cache did", title_justify="left")
-    columns = ("task", "cache", "right", "as dense", "largest error", "largest bound", "device", "dense cache", "host")
-    for column in columns:
+    table.caption = "error (audited) and bound: the largest of any head and step, over the output's norm"
+    for column in ("task", "cache", "right", "as dense", "error", "bound", "device", "host"):
         table.add_column(column, justify="left" if column in ("task", "cache") else "right")
     for name, part in runs.items():
+        dense = part["dense"].answers
         for kind, run in part.items():
-            right = "-" if name == "prose" else f"{_agreeing(run.answers, values)}/{len(values)}"
-            same = "" if kind == "dense" else f"{_agreeing(run.answers, part['dense'].answers)}/{len(run.answers)}"
-            cells = ["", "", "", "", ""]
+            right = "" if name == "prose" else f"{_agreeing(run.answers, values)}/{len(values)}"
+            agreed = _first_difference(run.answers, dense) if name == "prose" else _agreeing(run.answers, dense)
+            cells = ["", "", "", human_bytes(part["certified"].report.memory.dense), ""]
             if run.report is not None:
-                memory = run.report.memory
-                bound = f"{run.largest('bound'):.1%}" + (" (not kept to)" if kind == "naive" else "")
-                cells = [f"{run.largest('error'):.2%}", bound]
-                cells += [human_bytes(memory.device), human_bytes(memory.dense), human_bytes(memory.host)]
-            table.add_row(name if kind == "dense" else "", kind, right, same, *cells)
+                # The naive cache knows its bound and does nothing about it.
+                bound = f"{run.largest('bound'):.1%}"
+                cells = [f"{agreed}/{len(dense)}", f"{run.largest('error'):.2%}"]
+                cells += [f"[red]{bound}[/]" if kind == "naive" else bound]
+                cells += [human_bytes(run.report.memory.device), human_bytes(run.report.memory.host)]
+            table.add_row(name if kind == "dense" else "", kind, right, *cells)
         table.add_section()
     console.print(table)
 
@@ -251,19 +250,24 @@ def _agreeing(answers: list[int], others: list[int]) -> int:
 
 def _closing(runs: dict[str, dict[str, Run]], rtol: float, values: list[int]) -> str:
     """Two sentences on what this run showed."""
-    dense = runs["hard"]["dense"].answers
-    same = {kind: _agreeing(runs["hard"][kind].answers, dense) for kind in CACHES[1:]}
+    hard, prose = ({kind: run.answers for kind, run in runs[name].items()} for name in ("hard", "prose"))
+    same = {kind: _agreeing(hard[kind], hard["dense"]) for kind in CACHES}
+    alike = {kind: _first_difference(prose[kind], prose["dense"]) for kind in CACHES}
     certified = [part["certified"] for part in runs.values()]
     error, bound = (max(run.largest(metric) for run in certified) for metric in ("error", "bound"))
     naive = max(part["naive"].largest("error") for part in runs.values())
-    steps = sum(run.report.to_dict()["overall"]["head_steps"] for run in certified)
-    memory = runs["hard"]["certified"].report.memory
+    overall = [run.report.to_dict()["overall"] for run in certified]
+    steps = sum(part["head_steps"] for part in overall)
+    dense = sum(part["rungs"]["dense_head"] + part["rungs"]["dense_layer"] for part in overall)
+    share = runs["hard"]["certified"].report.memory.ratio
     return (
-        f"\nWith {memory.ratio:.0%} of the dense cache's device memory, each of the certified cache's {steps:,} head outputs came "
-        f"with a proven error bound of at most {bound:.1%} (asked for: {rtol:.1%}); the largest true error was {error:.2%}, the "
-        f"naive cache's {naive:.1%}. Of {len(values)} hard questions the certified cache answered {same['certified']} as the "
-        f"dense cache did, the naive one {same['naive']}: the promise is about attention outputs, and answers follow from it "
-        "where they are no ties."
+        f"\nWith {share:.0%} of the dense cache's device memory for the haystack, the certified cache returned {steps:,} head "
+        f"outputs proven to be within {rtol:.2%} of exact attention or recomputed densely ({dense:,} were); the largest bound "
+        f"was {bound:.2%}, the largest true error {error:.2%}, and that of the naive cache, which promises nothing, "
+        f"{naive:.2%}. Answers as the dense cache's: certified {same['certified']} and naive {same['naive']} of {len(values)} "
+        f"hard questions, and {alike['certified']} and {alike['naive']} of {len(prose['dense'])} tokens of prose before the "
+        "first that differs; the promise is about attention outputs, so words that are almost equally likely may still change "
+        "places."
     )
 
 
@@ -280,31 +284,35 @@ def draw(path: Path, tasks: dict[str, list[StepRecord]], rtol: float) -> None:
     # Without pyplot: no window system, no state shared with a caller's own figures.
     figure = Figure(figsize=(14, 10), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle("Every head output comes with a proven error bound within the tolerance", fontsize=15, weight="bold")
+    figure.suptitle("The certified cache: proven error bounds, head by head and step by step", fontsize=15, weight="bold")
     if not grids:
         figure.text(0.5, 0.5, "Nothing was quantised: the texts were too short.", ha="center")
     else:
-        axes = figure.subplots(3, len(grids), height_ratios=(1.0, 1.25, 1.25), squeeze=False)
+        # The narrow last column holds the legends and the colour bar.
+        axes = figure.subplots(
+            3, len(grids) + 1, height_ratios=(1.0, 1.25, 1.25), width_ratios=[1.0] * len(grids) + [0.2], squeeze=False
+        )
+        for side in axes[:, -1]:
+            side.set_axis_off()
         top = max([rtol, 1e-6, *(float(np.nanmax(grid["bound"], initial=0.0)) for grid in grids.values())])
         image: Any = None
         for column, (title, grid) in enumerate(grids.items()):
             _draw_curves(axes[0, column], grid, rtol)
-            axes[0, column].set_title(title, fontsize=12)
+            axes[0, column].set_title(title + "\n", fontsize=12, weight="bold")
             image = _draw_heads(axes[1, column], grid, top)
             _draw_rungs(axes[2, column], grid)
-        axes[0, 0].set_ylabel("error / norm of the output\n(largest of all heads)")
-        axes[0, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        bar = figure.colorbar(image, ax=list(axes[1]), pad=0.01, extend="min")
-        bar.set_label("returned bound / norm of the output")
+        titles = ("bounds and true errors over the output's norm, the largest of all heads",
+                  "bound returned, head by head, over the output's norm", "rung that served the head")  # fmt: skip
+        for axis, title in zip(axes[:, 0], titles, strict=True):
+            axis.set_title(title, loc="left", fontsize=9)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        axes[0, -1].legend(handles, labels, fontsize=9, loc="center left", frameon=False)
+        bar = figure.colorbar(image, cax=axes[1, -1].inset_axes((0.15, 0.05, 0.13, 0.9)), extend="min")
         if rtol > 0:
-            bar.ax.axhline(rtol, color="crimson", linewidth=2.5)
-            bar.ax.text(-0.3, rtol, f"tolerance {rtol:.3g}", color="crimson", fontsize=8, ha="right", va="top", rotation=90)
-        used = {Rung(int(value)) for grid in grids.values() for value in np.unique(grid["rung"])}
-        patches = [Patch(color=RUNG_COLOURS[rung], label=RUNG_NAMES[rung], alpha=1.0 if rung in used else 0.35)
-                   for rung in RUNG_COLOURS]  # fmt: skip
-        axes[2, -1].legend(
-            handles=patches, title="rung", fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
-        )
+            bar.ax.axhline(rtol, color="crimson", linewidth=4)
+            bar.ax.set_title(f"tolerance {rtol:.3g}", color="crimson", fontsize=9, loc="left")
+        patches = [Patch(color=colour, label=RUNG_NAMES[rung]) for rung, colour in RUNG_COLOURS.items()]
+        axes[2, -1].legend(handles=patches, title="rung, from cheap to dear", fontsize=9, loc="center left", frameon=False)
     unfinished = path.with_name(f".{path.name}")
     try:
         canvas.print_png(str(unfinished))

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .errors import CachePicklingError, StaleHandleError
+from .errors import CachePicklingError, InputError, StaleHandleError
 
 if TYPE_CHECKING:
     from .layers import CertifiedLayer
 
 KEYS, VALUES = 0, 1
 
-_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_leaf", "itemsize", "nbytes")
-_METADATA = {getattr(Tensor, name).__get__ for name in _PROPERTIES} | {
+_PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes")
+_PLACES = ("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_nested")
+_METADATA = {getattr(Tensor, name).__get__ for name in (*_PROPERTIES, *_PLACES)} | {
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,
@@ -104,6 +105,8 @@ class Handle(Tensor):
         if func is Tensor.__getitem__ and self.repeats == 1 and not self.pending:
             full = slice(None)
             return self._with(1, True) if args[1] == (full, full, None, full, full) else None
+        if func not in (Tensor.expand, Tensor.reshape):
+            return None
         shape = args[1:] if len(args) != 2 or isinstance(args[1], int) else tuple(args[1])
         if not all(isinstance(size, int) for size in shape):
             return None
@@ -139,6 +142,11 @@ class Handle(Tensor):
             if lazy is not None:
                 return lazy
         name = getattr(func, "__name__", str(func))
+        if args and isinstance(args[0], Handle) and _writes(name):
+            raise InputError(
+                f"`{name}` would write into the cached {('keys', 'values')[args[0].kind]} of layer {args[0].layer.layer_idx}, "
+                "which are written by `update` only. Change a copy: `handle.materialise().clone()`."
+            )
         args, kwargs = tree_map(lambda part: _plain(part, name), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -156,6 +164,13 @@ def _plain(part: Any, operation: str) -> Any:
         return part
     part.layer.cache.note_materialised(part.layer.layer_idx, operation)
     return part.materialise()
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument in place."""
+    if name.startswith("__"):
+        return name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__")
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _same_place(handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .cache import CertifiedQuantizedCache
 
 
+_INHERITED = object()  # the module had no `forward` of its own, only its class's
+
+
 class CertKVHook(ModelHook):
     """Before a layer: let the next layer prepare its originals. Behind it: settle the copies of the layer itself."""
 
@@ -25,13 +28,16 @@ class CertKVHook(ModelHook):
 
     def __init__(self, cache: CertifiedQuantizedCache, layer_idx: int) -> None:
         self.cache, self.layer_idx = cache, layer_idx
+        self.hook_before: ModelHook | None = None  # the module's, before the first hook of this kind came
+        self.forward_before: Any = _INHERITED
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Start fetching what the following layer is likely to promote."""
         layers = self.cache.layers
         following = layers[(self.layer_idx + 1) % len(layers)]
         if kwargs.get("past_key_values") is self.cache and isinstance(following, CertifiedLayer):
-            following.prefetch()
+            with self.cache.step_guard():
+                following.prefetch()
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
@@ -64,40 +70,45 @@ def attach(model: PreTrainedModel, cache: CertifiedQuantizedCache) -> None:
     """
     if cache.handles is not None:
         raise UnsupportedModelError("This cache is attached to a model already; call `detach(cache)` first.")
-    modules = decoder_layers(model)
-    hooked: list[tuple[torch.nn.Module, CertKVHook, ModelHook | None]] = []
-    for i, module in enumerate(modules):
-        hook, before = CertKVHook(cache, i), getattr(module, "_hf_hook", None)
-        add_hook_to_module(module, hook, append=before is not None)
-        hooked.append((module, hook, before))
+    hooked: list[tuple[torch.nn.Module, CertKVHook]] = []
+    for i, module in enumerate(decoder_layers(model)):
+        hook, present = CertKVHook(cache, i), getattr(module, "_hf_hook", None)
+        hook.hook_before, hook.forward_before = present, module.__dict__.get("forward", _INHERITED)
+        for other in _flatten(present):
+            if isinstance(other, CertKVHook):
+                hook.hook_before, hook.forward_before = other.hook_before, other.forward_before
+                break
+        add_hook_to_module(module, hook, append=present is not None)
+        hooked.append((module, hook))
     cache.handles = hooked
 
 
 def detach(cache: CertifiedQuantizedCache) -> None:
     """Take the hooks of this cache off; hooks that were there before, or were added since, stay."""
-    for module, hook, before in cache.handles or []:
-        current = getattr(module, "_hf_hook", None)
-        if current is hook:
+    for module, hook in cache.handles or []:
+        present = _flatten(getattr(module, "_hf_hook", None))
+        if hook not in present:
+            continue
+        rest = [other for other in present if other is not hook]
+        if rest != _flatten(hook.hook_before):
+            module._hf_hook = rest[0] if len(rest) == 1 else SequentialHook(*rest)
+            continue
+        # As it was. accelerate leaves, or makes anew, an instance attribute `forward` that does the same.
+        if hook.hook_before is None:
             remove_hook_from_module(module)
-        elif isinstance(current, SequentialHook):
-            _without(module, current, hook, before)
+        else:
+            module._hf_hook = hook.hook_before
+        if hook.forward_before is _INHERITED:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = hook.forward_before
     cache.handles = None
 
 
-def _without(module: torch.nn.Module, current: SequentialHook, hook: CertKVHook, before: ModelHook | None) -> None:
-    """Take one hook out of a chain; a chain of one is that one again."""
-    rest = _flatten(current, hook)
-    if len(rest) == len(_flatten(current, None)):
-        return
-    if before is not None and rest == _flatten(before, None):
-        module._hf_hook = before
-    else:
-        module._hf_hook = rest[0] if len(rest) == 1 else SequentialHook(*rest)
-
-
-def _flatten(hook: ModelHook, leave_out: ModelHook | None) -> list[ModelHook]:
-    if hook is leave_out:
+def _flatten(hook: ModelHook | None) -> list[ModelHook]:
+    """The single hooks of a chain, in their order."""
+    if hook is None:
         return []
     if isinstance(hook, SequentialHook):
-        return [part for inner in hook.hooks for part in _flatten(inner, leave_out)]
+        return [part for inner in hook.hooks for part in _flatten(inner)]
     return [hook]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +55,10 @@ class CertifiedLayer(CacheLayerMixin):
         self.sequence_length = 0
         self.new_tokens = 0
         self.sink: tuple[Tensor, Tensor] | None = None
-        self.tail = (GrowingBuffer(least=self.block), GrowingBuffer(least=self.block))
+        self.tail = (GrowingBuffer(), GrowingBuffer())
         self.store = BlockStore(self.key_codec, self.value_codec, self.config.refine)
         self.hot = HotSlots(self.config.hot_blocks)
+        self.wanted: tuple[Tensor, Tensor, Tensor] | None = None
         self.shadow: ShadowPages | None = None
         self.epoch += 1
 
@@ -148,10 +150,17 @@ class CertifiedLayer(CacheLayerMixin):
         Raises: InputError, GradientError, HostMemoryError: the layer is as it was before.
         """
         self._check(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        self.prefetch()
         was_empty, count = self.sequence_length == 0, key_states.shape[2]
-        self._append(key_states, value_states)
+        fresh = not self.is_initialized
+        if fresh:
+            self.lazy_initialization(key_states, value_states)
+        try:
+            self._append(key_states, value_states)
+        except BaseException:
+            if fresh:
+                self._clear()
+            raise
         self.sequence_length += count
         self.new_tokens = count
         if was_empty:
@@ -181,7 +190,7 @@ class CertifiedLayer(CacheLayerMixin):
         finished, tails = [], []
         for buffer, part in zip(self.tail, new, strict=True):
             finished.append(_slice(buffer, part, held, start, start + count))
-            tail = GrowingBuffer(self.config.recent_window + self.block, least=self.block)
+            tail = GrowingBuffer(self.config.recent_window + self.block)
             tail.append(_slice(buffer, part, held, start + count, held + part.shape[2]))
             tails.append(tail)
         sink = self.sink
@@ -240,50 +249,57 @@ class CertifiedLayer(CacheLayerMixin):
         """Remove the last tokens, exactly: a quantised block that is cut comes back from its originals.
 
         Args: tokens_to_remove: zero or negative, as in transformers.
-        Raises: InputError: it is positive, or more tokens are to go than are held; CorruptedPageError.
+        Raises: InputError: it is positive, or more tokens are to go than are held; CorruptedPageError. Nothing has changed.
         """
+        self.prepare_crop(tokens_to_remove)()
+
+    def prepare_crop(self, tokens_to_remove: int) -> Callable[[], None]:
+        """Do everything of a crop that can fail; what is returned carries it out and cannot. Raises as `crop`."""
         if tokens_to_remove > 0:
             raise InputError(
                 f"crop({tokens_to_remove}): expected zero or a negative number, the tokens to remove from the end."
             )
         if tokens_to_remove == 0 or not self.is_initialized:
-            return
+            return lambda: None
         length = self.sequence_length + tokens_to_remove
         if length < 0:
             raise InputError(
                 f"crop({tokens_to_remove}): layer {self.layer_idx} holds {self.sequence_length} tokens; cannot remove more."
             )
-        self._shorten(length)
-        self.sequence_length = length
-        self.new_tokens = 0
-        self.epoch += 1
+        target = self.finished_blocks(length)
+        tails = self.tail if target == self.store.blocks else self._tails_of(length, target)
 
-    def _shorten(self, length: int) -> None:
-        """Bring the state to what a cache of `length` tokens holds. Atomic."""
+        def carry_out() -> None:
+            for buffer in tails:
+                buffer.length += length - self.sequence_length if tails is self.tail else 0
+            self.tail = tails
+            if target == 0:
+                self.sink = None
+            self.store.truncate(target)
+            assert self.shadow is not None
+            self.shadow.truncate(target)
+            self.hot.truncate(target)
+            self.wanted = None
+            self.sequence_length = length
+            self.new_tokens = 0
+            self.epoch += 1
+
+        return carry_out
+
+    def _tails_of(self, length: int, target: int) -> tuple[GrowingBuffer, GrowingBuffer]:
+        """The tails of a cache of `length` tokens, `target` blocks of which are quantised, from the originals."""
         assert self.shadow is not None
-        blocks, target = self.store.blocks, self.finished_blocks(length)
-        removed = self.sequence_length - length
-        if target == blocks:
-            for buffer in self.tail:
-                buffer.length -= removed
-            return
         tails = []
-        everything = slice(None)
         for kind, buffer in enumerate(self.tail):
-            pages = self.shadow.read_range(kind, target, blocks, everything, everything)
+            pages = self.shadow.read_range(kind, target, self.store.blocks, slice(None), slice(None))
             parts = [pages, buffer.view]
             if target == 0 and self.sink is not None:
                 parts.insert(0, self.sink[kind])
             kept = torch.cat(parts, dim=2)
-            tail = GrowingBuffer(self.config.recent_window + self.block if target else 0, least=self.block)
-            tail.append(kept[:, :, : kept.shape[2] - removed])
+            tail = GrowingBuffer(self.config.recent_window + self.block if target else 0)
+            tail.append(kept[:, :, : kept.shape[2] - (self.sequence_length - length)])
             tails.append(tail)
-        self.tail = (tails[0], tails[1])
-        if target == 0:
-            self.sink = None
-        self.store.truncate(target)
-        self.shadow.truncate(target)
-        self.hot.truncate(target)
+        return tails[0], tails[1]
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back; the layer can be used for another batch."""
@@ -306,7 +322,7 @@ class CertifiedLayer(CacheLayerMixin):
         if sink is not None:
             sink = (sink[0].index_select(0, device_index), sink[1].index_select(0, device_index))
         self.shadow, self.store, self.hot, self.tail, self.sink = shadow, store, hot, tail, sink
-        self.batch = len(index)
+        self.batch, self.wanted = len(index), None
         self.epoch += 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -321,14 +337,23 @@ class CertifiedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the batch rows in `indices`: int64 rows, or a bool mask over them."""
         indices = indices.cpu()
+        if self.is_initialized and indices.dtype == torch.bool and indices.shape != (self.batch,):
+            raise InputError(f"A bool mask {tuple(indices.shape)}: expected one entry for each of {self.batch} batch rows.")
         self._select_batch(indices.nonzero().flatten() if indices.dtype == torch.bool else indices.to(torch.int64))
 
     def offload(self) -> None:
         """Nothing: the originals are on the host already."""
 
     def prefetch(self) -> None:
-        """Let the host pages get ready to be read: copies that are still under way are waited for ahead of time."""
-        self.flush()
+        """Fetch what the next step is likely to promote: the originals of the blocks promoted last, into the hot slots.
+
+        Raises: CorruptedPageError: a page's checksum does not match.
+        """
+        if self.wanted is None or self.shadow is None:
+            return
+        index, self.wanted = self.wanted, None
+        pages = [self.shadow.read_pages(kind, *index) for kind in (KEYS, VALUES)]
+        self.hot.insert(index, pages[0], pages[1], self.batch, self.heads, self.cache.recorder.step)
 
     def flush(self) -> None:
         """Take the checksums of blocks whose copy to the host is done."""

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .cache import CertifiedQuantizedCache
+from .cache import CertifiedQuantizedCache, storage_bytes
 from .config import CertKVConfig
 from .errors import InputError, UnsupportedModelError
 from .layers import CertifiedLayer
@@ -99,12 +99,13 @@ def layer_sizes(config: PreTrainedConfig, index: int) -> tuple[int, tuple[int, i
     if width is None and isinstance(query_heads, int):
         width = layer.hidden_size // query_heads
     value_width = getattr(layer, "v_head_dim", None) or width
-    if not all(isinstance(size, int) and size > 0 for size in (heads, width, value_width)):
+    sizes = [size for size in (heads, width, value_width) if isinstance(size, int) and size > 0]
+    if len(sizes) < 3:
         raise UnsupportedModelError(
             f"{type(config).__name__} does not say how many heads and channels the cache of layer {index} has "
             f"(num_key_value_heads={heads!r}, head_dim={width!r}); fill a cache and ask `cache.memory()`."
         )
-    return int(heads), (int(width), int(value_width))
+    return sizes[0], (sizes[1], sizes[2])
 
 
 def _layers(config: PreTrainedConfig, settings: CertKVConfig) -> list[Any]:
@@ -160,4 +161,4 @@ def _exact(layer: Any, context: int, batch: int, heads: int, widths: tuple[int, 
         return 0
     keys, values = (torch.empty(batch, heads, context, width, dtype=dtype, device="meta") for width in widths)
     layer.update(keys, values)
-    return sum(part.nbytes for part in vars(layer).values() if isinstance(part, torch.Tensor))
+    return storage_bytes(vars(layer))

@@ -160,7 +160,7 @@ class CertificateReport:
         rungs = layer["rungs"]
         raised, dense = rungs["keys"] + rungs["values"], rungs["dense_head"] + rungs["dense_layer"]
         fast = rungs["fast"] + rungs["uncertified"]
-        bound, expected = layer["relative"]["bound"], layer["relative"]["expected"]
+        bound, expected = layer["relative"]["bound"], layer["relative"]["expected"]  # bound: of certified outputs
         cells = [name, f"{layer['head_steps']:,}", *(f"{part / count:.1%}" for part in (fast, raised, dense))]
         cells += [_figure(bound, key) for key in ("p50", "p99", "max")]
         cells += [_figure(expected, "p50"), human_bytes(layer["bytes_moved"])]

@@ -14,14 +14,14 @@ class GrowingBuffer:
     """A tensor `[batch, kv_heads, length, ...]` with room to grow along its third axis.
 
     Args:
-        room: entries to allocate at least. After that it grows by 1/64 of itself or `least` entries, so that the unused
-            room of blocks stays under 2 %, and a decode step allocates nothing but once a block.
+        room: entries to allocate at least. After that it grows by 1/64 of itself or what is needed, so that the unused
+            room stays under 2 %, and a decode step over quantised blocks allocates nothing but once a block.
     """
 
-    def __init__(self, room: int = 0, least: int = 1) -> None:
+    def __init__(self, room: int = 0) -> None:
         self.data: Tensor | None = None
         self.length = 0
-        self.room, self.least = room, least
+        self.room = room
 
     def reserve(self, like: Tensor, count: int) -> None:
         """Make room for `count` more entries shaped as those of `like`. The contents do not change."""
@@ -29,7 +29,7 @@ class GrowingBuffer:
         if self.data is not None and self.data.shape[2] >= needed:
             return
         if self.data is not None:
-            needed = max(needed, self.length + max(count, self.length // 64, self.least))
+            needed = max(needed, self.length + max(count, self.length // 64))
         shape = (*like.shape[:2], needed, *like.shape[3:])
         grown = torch.empty(shape, dtype=like.dtype, device=like.device)
         if self.data is not None:
@@ -51,7 +51,7 @@ class GrowingBuffer:
 
     def selected(self, index: Tensor) -> GrowingBuffer:
         """A copy with the batch rows in `index` (int64 `[n]`)."""
-        new = GrowingBuffer(self.room, self.least)
+        new = GrowingBuffer(self.room)
         if self.data is not None:
             new.data = self.data.index_select(0, index.to(self.data.device))
             new.length = self.length
@@ -105,7 +105,7 @@ class BlockStore:
         return part
 
     def truncate(self, blocks: int) -> None:
-        """Keep the first `blocks` blocks."""
+        """Keep the first `blocks` blocks. Cannot fail."""
         self.blocks = blocks
         for buffer in (*self.keys.values(), *self.values.values()):
             if buffer.data is not None:
