@@ -94,7 +94,7 @@ def test_the_hooks_run(monkeypatch: pytest.MonkeyPatch) -> None:
     detach(cache)
     with torch.no_grad():
         model(prompt(1), past_key_values=cache, use_cache=True)
-    assert len(calls) == 4
+    assert calls[6:] == [("prefetch", 0), ("prefetch", 1)]
 
 
 def test_another_cache_may_be_used_meanwhile() -> None:
