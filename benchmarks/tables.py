@@ -91,7 +91,7 @@ def memory_table(result: dict[str, Any]) -> str:
             f"{run['tokens']:,}",
             f"{run['device_over_dense']:.3f}",
             f"{run['host_bytes'] / run['dense_bytes']:.2f}",
-            f"{run['prefill_peak_above_cache_over_dense_layer']:.2f}",
+            number(run.get("prefill_peak_above_cache_over_dense_layer")),
         ]
         for run in result["runs"]
     ]

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -74,7 +75,7 @@ class MemoryReport:
         }
 
     def __rich__(self) -> RenderableType:
-        table = Table(title="memory", title_justify="left")
+        table = Table(title="memory", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         table.add_column("part")
         table.add_column("device", justify="right")
         table.add_column("host", justify="right")
@@ -133,17 +134,21 @@ class CertificateReport:
             title=f"certificate: rtol={settings.rtol} atol={settings.atol} scope={settings.scope}, "
             f"K8 V{settings.value_bits}, blocks of {settings.block_size}, refine={settings.refine}",
             title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
-        for name in ("layer", "head-steps", "fast", "raised", "dense", "bound p50", "p99", "max", "E_rms p50", "moved"):
-            table.add_column(name, justify="right" if name != "layer" else "left")
+        # Narrow enough for a terminal of 80 columns. B: bounds of certified outputs, over the output's norm.
+        for name in ("layer", "head-steps", "fast", "raised", "dense", "B p50", "B p99", "B max", "E_rms", "moved"):
+            table.add_column(name, justify="right" if name != "layer" else "left", no_wrap=True)
         if any(layer["relative"]["tightness"] for layer in self._data["layers"].values()):
-            table.add_column("bound/error p50", justify="right")
+            table.add_column("B/error", justify="right", no_wrap=True)
         for name, layer in self._data["layers"].items():
             table.add_row(*self._row(name, layer))
         table.add_section()
         table.add_row(*self._row("all", overall), style="bold")
         parts.append(table)
-        notes = []
+        notes = ["B: bound of certified outputs, E_rms: error to expect (medians unless said; shares of the output's norm)"]
         if self._data["exact_head_steps_many_queries"]:
             notes.append(f"{self._data['exact_head_steps_many_queries']:,} head-steps with many queries: exact")
         if self._data["materialised_operations"]:
