@@ -103,7 +103,9 @@ def score_rounding(
     """
     size = abs(scaling) * query_norm * key_norm
     # Four roundings beyond the products and sums: scaling the query, dequantising, and two to spare.
-    error = gamma(channels + 4) * size + channels * TINY * (1 + abs(scaling))
+    error = gamma(channels + 4) * size
+    # Each product, and each channel of the scaled query, may lose up to 2^-126 to underflow; the latter times the key.
+    error = error + TINY * (channels + channels**0.5 * (key_norm + abs(scaling) * query_norm))
     if softcap is not None:
         error = error + softcap * TANH_ERROR + gamma(4) * size
     return (error + 2 * UNIT_ROUNDOFF * (size + bias) * 1.01) * OUTWARD
@@ -116,7 +118,8 @@ def weight_slack(score_error: Tensor, rescalings: int) -> Tensor:
 
 def mass_slack(slack: Tensor, chain: int) -> Tensor:
     """Factor >= 1 between a computed and a real normalised weight: e^(2 lambda) (1 + gamma)   [section 5]."""
-    return torch.exp(2 * slack) * (1 + gamma(2 * chain + 8)) * OUTWARD
+    # Capped, so that a weight of exactly 0 times it is 0 and not NaN; nothing near the cap is ever certified.
+    return (torch.exp(2 * slack) * (1 + gamma(2 * chain + 8)) * OUTWARD).clamp(max=1e300)
 
 
 def rounding_error(
@@ -134,7 +137,7 @@ def rounding_error(
         slack: lambda; value_radius: max over tokens of ||v_t|| and of ||v_hat_t||; chain: the longest chain of additions;
         tokens: attended tokens; weight_cast: unit roundoff of the type that weights are cast to before P*V, or 0.
     """
-    flushed = tokens * TINY * (2 * value_radius + channels**0.5)
+    flushed = 3 * tokens * TINY * (value_radius + channels**0.5)  # weights, products and sums below 2^-126, even if flushed
     moved = 2 * value_radius * torch.tanh(slack / 2) + gamma(2 * (chain + rescalings + 1) + 1) * value_radius
     return (moved + weight_cast * 1.01 * value_radius + flushed) * OUTWARD
 
@@ -146,8 +149,8 @@ def output_rounding(output_norm: Tensor, channels: int, dtype: torch.dtype) -> T
 
 
 def meets(bound: Tensor, budget: Tensor) -> Tensor:
-    """True only where the bound is a finite number within the budget: NaN and infinity never are   [section 1]."""
-    return torch.isfinite(bound) & (bound <= budget)
+    """True only where the bound is a finite number, not negative, within the budget: NaN and infinity never are [section 1]."""
+    return torch.isfinite(bound) & (bound >= 0) & (bound <= budget)
 
 
 @dataclass(frozen=True)

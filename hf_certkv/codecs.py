@@ -99,7 +99,8 @@ def grid_codes(x: Tensor, low: Tensor, high: Tensor, high_bits: int) -> tuple[Te
     """
     cells = 2.0**high_bits
     offset = round_half_down(low)
-    scale = round_half_up((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS))
+    # Never negative: below the finite range the offset is clamped to above `high`, and what that costs is measured.
+    scale = round_half_up(((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS)).clamp_min(0.0))
     step = scale.double()
     position = torch.where(step > 0, (x - offset.double()) / step, torch.zeros_like(x))
     code = torch.round(position * 2**LOW_BITS).nan_to_num(0.0).clamp(0, cells * 2**LOW_BITS - 1).to(torch.int32)

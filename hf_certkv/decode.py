@@ -24,6 +24,7 @@ from .ladder import Rung
 from .layers import CertifiedLayer
 from .masks import row_bias, split_bias
 from .paper import paper_promotions
+from .precision import full_precision
 
 Index = tuple[Tensor, Tensor, Tensor]
 
@@ -34,7 +35,7 @@ def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     Returns: `[batch, query_heads, positions, value channels]`, in the query's dtype.
     Raises: CorruptedPageError: originals were needed and cannot be trusted; CertificateViolation: audit found a bug.
     """
-    with kernel.full_precision(layer.device.type):
+    with full_precision(layer.device.type):
         step = DecodeStep(layer, call)
         config = layer.config
         if config.certified and config.rtol == 0 and config.atol == 0:
@@ -187,7 +188,8 @@ class DecodeStep:
         together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
         met = bounds.meets(together, budget)
         level = ladder.water_level(bound.flatten(0, 1), budget.flatten()).view_as(budget)
-        within = met.unsqueeze(-1) | (bound <= level.unsqueeze(-1))
+        admits = bounds.meets(bound, level.unsqueeze(-1)) & torch.isfinite(budget).unsqueeze(-1)
+        within = met.unsqueeze(-1) | admits
         return self._by_row(within), self._by_row(level.unsqueeze(-1).expand_as(bound))
 
     def _by_position(self, rows: Tensor) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from . import bounds
 from .handle import KEYS, VALUES, Handle
+from .precision import ambient_is_full
 
 if TYPE_CHECKING:
     from .decode import DecodeStep
@@ -55,9 +57,14 @@ def dense_unit(step: DecodeStep, row: int, head: int) -> None:
 def dense_bound(step: DecodeStep, norm: Tensor) -> Tensor:
     """The rounding bound of section 5 for a dense output of this norm; the order of summation is the backend's, not ours.
 
+    Infinite where the process has asked for less than the tensors' own precision (autocast, TF32): the dense call honours
+    that, as a dense cache would, and nothing is proven of it.
+
     Args: norm: float64 `[batch, kv_heads, rows]`. Returns the same shape.
     """
     dtype, tokens = step.output.dtype, step.layer.sequence_length
+    if not ambient_is_full(step.layer.device.type, dtype):
+        return torch.full_like(norm, torch.inf)
     rescalings = 2 + tokens // 32
     slack = bounds.weight_slack(3 * step.slack, rescalings)
     rounding = bounds.rounding_error(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .codecs import EncodedBlocks, KeyCodec, ValueCodec
+from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
 
@@ -80,6 +81,11 @@ class BlockStore:
 
         Args: keys, values: originals `[batch, kv_heads, blocks, block, channels]`.
         """
+        with full_precision(keys.device.type):
+            self._append(keys, values)
+        self.truncate(self.blocks + keys.shape[2])
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
         batch, heads, count, block, channels = keys.shape
         step = max(1, ENCODE_NUMBERS // (batch * heads * block * max(channels, values.shape[-1])))
         for start in range(0, count, step):
@@ -97,7 +103,6 @@ class BlockStore:
                         buffer.reserve(part, count)
                     buffer.length = self.blocks + start
                     buffer.append(part)
-        self.truncate(self.blocks + count)
 
     def _placed(self, name: str, part: Tensor | None) -> Tensor | None:
         if part is not None and name == "plane" and self.refine == "host":

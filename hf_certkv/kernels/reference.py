@@ -8,8 +8,6 @@ segments are combined in one chain, with factors computed in float64. So no adde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,20 +17,6 @@ from ..codecs import EncodedBlocks, KeyCodec, ValueCodec
 
 RESCALINGS = 1
 CHUNK_NUMBERS = 2**21  # dequantised numbers held at a time: 8 MiB of scratch for keys, as much for values
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """Float32 products as float32: no autocast, no TF32 or bfloat16 short cuts, whatever the process has set."""
-    precision = torch.get_float32_matmul_precision()
-    if precision != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        if precision != "highest":
-            torch.set_float32_matmul_precision(precision)
 
 
 @dataclass
@@ -192,7 +176,7 @@ def score_weights(query: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Args: query: float32 `[batch, kv_heads, rows, channels]`, unscaled; scale: float16 `[batch, kv_heads, blocks, channels]`.
     """
-    step, size = scale.float(), query.abs()
+    step, size = scale.float().abs(), query.abs()
     up = 1 + (query.shape[-1] + 8) * 2.0**-23
     # Normalised by the row's largest entry, so that squares can neither overflow nor underflow where they matter.
     largest = size.amax(dim=-1, keepdim=True)
