@@ -82,6 +82,7 @@ class DecodeStep:
         self.dense = torch.zeros(batch, heads, dtype=torch.bool, device=query.device)
         self.bytes_moved = 0
         self.whole_layer = True
+        self.met_at_once = torch.zeros_like(self.query_norm, dtype=torch.bool)
         self.certificate: bounds.Certificate | None = None
         self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)
         self.output = query.new_zeros(self.shape)
@@ -208,6 +209,8 @@ class DecodeStep:
             return
         if self.config.policy == "paper":
             paper_promotions(self)
+        else:
+            self.met_at_once = self.targets()[0]
         for _ in range(self.config.max_rounds):
             met, target = self.targets()
             failing = ~met & ~self.dense.unsqueeze(-1)
@@ -361,6 +364,8 @@ class DecodeStep:
         rung = torch.where((keys > 0).unsqueeze(-1), Rung.KEYS, rung)
         rung = torch.where((values > 0).unsqueeze(-1), Rung.VALUES, rung)
         dense = Rung.DENSE_LAYER if self.whole_layer else Rung.DENSE_HEAD
+        # A head that met its tolerance at once counts as fast, although it uses what was raised for others of its group.
+        rung = torch.where(self.met_at_once, Rung.FAST, rung)
         rung = torch.where(self.dense.unsqueeze(-1), dense, rung)
         record = StepRecord(
             self.layer.cache.recorder.step,
