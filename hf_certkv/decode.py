@@ -216,6 +216,7 @@ class DecodeStep:
             failing = ~met & ~self.dense.unsqueeze(-1)
             if not bool(failing.any()):
                 return
+            self.met_at_once &= ~failing
             if not self._promote(failing, target):
                 break
         met, _ = self.targets()
