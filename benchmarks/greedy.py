@@ -18,13 +18,13 @@ CONFIGS: dict[str, CertKVConfig] = {
     "naive (uncertified)": CertKVConfig.naive(),
     "naive K8 V8 (uncertified)": CertKVConfig.naive(value_bits=8),
     "rtol 0.1": CertKVConfig(rtol=0.1),
-    "default (rtol 0.05)": CertKVConfig(),
-    "rtol 0.02": CertKVConfig(rtol=0.02),
-    "rtol 0.05, scope layer": CertKVConfig(scope="layer"),
-    "rtol 0.05, refine off": CertKVConfig(refine="off"),
-    "rtol 0.05, refine device": CertKVConfig(refine="device"),
-    "rtol 0.05, V8": CertKVConfig(value_bits=8),
-    "paper's policy, rtol 0.05": CertKVConfig.paper(),
+    "rtol 0.05": CertKVConfig(rtol=0.05),
+    "rtol 0.02 (default)": CertKVConfig(),
+    "rtol 0.01": CertKVConfig(rtol=0.01),
+    "rtol 0.02, scope layer": CertKVConfig(scope="layer"),
+    "rtol 0.02, refine off": CertKVConfig(refine="off"),
+    "rtol 0.05, V8": CertKVConfig(rtol=0.05, value_bits=8),
+    "paper's policy, rtol 0.02": CertKVConfig.paper(),
 }
 
 
@@ -64,7 +64,7 @@ def measure(text: Path) -> None:
         model, tokenizer = load_embedded("prose", dtype=dtype)
         prompts = passages(tokenizer, text, PROMPTS, PROMPT_TOKENS)
         reference, _ = continuations(model, prompts, lambda m=model: DynamicCache(config=m.config))
-        names = list(CONFIGS) if dtype == torch.float32 else ["naive (uncertified)", "default (rtol 0.05)", "rtol 0.02"]
+        names = list(CONFIGS) if dtype == torch.float32 else ["naive (uncertified)", "rtol 0.05", "rtol 0.02 (default)"]
         for name in names:
             settings = CONFIGS[name]
             run: dict[str, Any] = {"name": name, "dtype": str(dtype)}

@@ -228,7 +228,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with the text to continue.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    rtol: Rtol = 0.05,
+    rtol: Rtol = 0.02,
     atol: Annotated[float, typer.Option(help="Absolute tolerance, in units of the values.")] = 0.0,
     scope: Annotated[Scope, typer.Option(help="Whether each head or each layer meets the tolerance.")] = Scope.head,
     value_bits: Annotated[int, typer.Option(help="Bits of a value: 4 or 8.")] = 4,

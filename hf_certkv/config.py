@@ -81,7 +81,7 @@ class CertKVConfig:
         ConfigError: a setting is outside its range.
     """
 
-    rtol: float = 0.05
+    rtol: float = 0.02
     atol: float = 0.0
     scope: Scope = "head"
     policy: Policy = "budget"

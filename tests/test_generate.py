@@ -81,7 +81,7 @@ def test_default_tolerance_is_certified(kind: str, dtype: torch.dtype) -> None:
     assert_certified(cache, share=0.9)
     overall = cache.report().to_dict()["overall"]
     assert overall["head_steps"] == len(cache.certified_layers) * (STEPS // 2 - 1) * 4
-    assert overall["relative"]["bound"]["max"] <= 0.05
+    assert overall["relative"]["bound"]["max"] <= 0.02
     assert overall["relative"]["error"]["max"] <= overall["relative"]["bound"]["max"]
     assert overall["relative"]["error"]["max"] > 0
 
@@ -184,7 +184,7 @@ def test_every_mode_is_certified_at_the_default_tolerance(mode: str, kind: str, 
     cache = new_cache(model, audit=True)
     run_mode(model, mode, kind, dtype, cache)
     assert_certified(cache, share=0.5)
-    assert cache.report().to_dict()["overall"]["relative"]["bound"]["max"] <= 0.05
+    assert cache.report().to_dict()["overall"]["relative"]["bound"]["max"] <= 0.02
 
 
 def test_assistant_drafts_are_partly_accepted() -> None:
