@@ -136,7 +136,7 @@ def certifiable(call: AttentionCall) -> CertifiedLayer | None:
         return None
     if call.mask is not None and not _mask_fits(call.mask, query, layer.sequence_length):
         return None
-    positions = 1 if is_packed(layer, query) else query.shape[2]
+    positions = 1 if is_packed(layer, call) else query.shape[2]
     return layer if positions <= layer.config.certify_queries else None
 
 
@@ -148,9 +148,13 @@ def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:
     return all(size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False))
 
 
-def is_packed(layer: CertifiedLayer, query: Tensor) -> bool:
-    """Whether transformers laid the query heads of one KV head along the position axis (a single new token, GQA)."""
-    return layer.new_tokens == 1 and query.shape[2] > 1 and query.shape[1] == layer.heads
+def is_packed(layer: CertifiedLayer, call: AttentionCall) -> bool:
+    """Whether transformers laid the query heads of one KV head along the position axis (a single new token, GQA).
+
+    It does so for SDPA only, which knows no sink logits.
+    """
+    query = call.query
+    return call.sinks is None and layer.new_tokens == 1 and query.shape[2] > 1 and query.shape[1] == layer.heads
 
 
 # What a model may pass that attention need not act on: bookkeeping, and what its mask already says.

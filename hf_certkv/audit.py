@@ -63,8 +63,10 @@ def audit_step(step: DecodeStep) -> Tensor:
     scores = abs(call.scaling) * step.query_norm * torch.linalg.vector_norm(keys.double(), dim=-1).amax(-1, keepdim=True)
     granted = own * (1 + scores) * size
     finite = torch.isfinite(exact).all(dim=-1)
-    # A bound that is not a number promises nothing, and only the naive baseline or a dense output can carry one.
-    broken = finite & ~(error - granted <= step.bound.nan_to_num(nan=torch.inf))
+    # A bound that is not finite promises nothing, and only the naive baseline or a dense output may carry one.
+    promised = torch.isfinite(step.bound)
+    certified = ~step.dense.unsqueeze(-1).expand_as(promised) & step.config.certified
+    broken = finite & torch.where(promised, ~(error - granted <= step.bound), certified)
     if bool(broken.any()):
         row, head, place = (int(part) for part in broken.nonzero()[0])
         bound, true = float(step.bound[row, head, place]), float(error[row, head, place])

@@ -209,7 +209,7 @@ def total(
     centre = (output_norm + value_total + fixed).unsqueeze(-1)
     active = approximate_keys & attended
     zeros = torch.zeros_like(mass)
-    shift = torch.where(active, shift, zeros)
+    shift = torch.where(active, shift.clamp_min(0.0), zeros)
     parts = torch.where(active, key_error(mass_up, root_up, shift, shift_l2, block_radius + centre), zeros)
     exact = exact_mass + torch.where(active, zeros, mass).sum(dim=-1)
     held = least_mass(torch.where(active, mass, zeros), exact, shift, inflate)
@@ -218,4 +218,5 @@ def total(
     summed = keys.sum(dim=-1) * OUTWARD
     key_total = torch.where(summed <= cap, summed, cap)  # a NaN sum falls back on the cap, which is NaN if it must be
     bound = (key_total + value_total + fixed) * OUTWARD
+    bound = torch.where(torch.isfinite(output_norm), bound, torch.full_like(bound, math.inf))
     return Certificate(bound, fixed, key_total, value_total, keys, values)

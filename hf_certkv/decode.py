@@ -53,7 +53,7 @@ class DecodeStep:
         self.layer, self.call, self.config = layer, call, layer.config
         query = call.query
         batch, heads = layer.batch, layer.heads
-        self.packed = is_packed(layer, query)
+        self.packed = is_packed(layer, call)
         self.groups = query.shape[1] // heads
         self.rows = self.groups * query.shape[2]
         self.shape = (batch, heads, self.rows, layer.widths[1])

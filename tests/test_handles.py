@@ -122,7 +122,7 @@ def test_repeated_handles_are_certified(positions: int) -> None:
     mask = torch.ones(positions, TOKENS, dtype=torch.bool).tril(TOKENS - positions)
     outputs = []
     for repeated in (True, False):
-        made = Made(audit=True)
+        made = Made(audit=True, rtol=0.05)
         keys, values = (repeat_kv(part, 2) if repeated else part for part in (made.keys, made.values))
         outputs.append(F.scaled_dot_product_attention(query, keys, values, mask, enable_gqa=not repeated))
         report = made.bare.cache.report().to_dict()
@@ -369,12 +369,12 @@ def test_dropout_is_exact_with_the_same_seed() -> None:
 
 @pytest.mark.parametrize("positions", [1, 2, 16])
 def test_few_queries_are_certified(positions: int) -> None:
-    made, query = Made(audit=True), torch.randn(2, 4, positions, 64)
+    made, query = Made(audit=True, rtol=0.05), torch.randn(2, 4, positions, 64)
     actual = F.scaled_dot_product_attention(query, made.keys, made.values, enable_gqa=True)
     exact = F.scaled_dot_product_attention(query, *made.plain, enable_gqa=True)
     assert not torch.equal(actual, exact)
     off = torch.linalg.vector_norm(actual - exact, dim=-1)
-    assert (off <= 0.021 * torch.linalg.vector_norm(exact, dim=-1)).all()
+    assert (off <= 0.051 * torch.linalg.vector_norm(exact, dim=-1)).all()
     assert made.bare.cache.report().to_dict()["overall"]["head_steps"] == 2 * 4 * positions
 
 
