@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .certificate import Recorder
 from .config import CertKVConfig
-from .errors import CachePicklingError, CacheStateError, ConfigError, UnsupportedModelError
+from .errors import CachePicklingError, CacheStateError, CertKVError, CertKVError, ConfigError, UnsupportedModelError
 from .layers import CertifiedLayer
 from .report import CertificateReport, MemoryReport
 
@@ -169,7 +169,7 @@ class CertifiedQuantizedCache(Cache):
                         layer.reset()
                     else:
                         layer.crop(-count)
-                except Exception as error:
+                except (CertKVError, RuntimeError, MemoryError) as error:
                     self._broken = f"layer {layer_idx}: {error}"
                     continue
             elif before is not None:
