@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .certificate import Recorder
 from .config import CertKVConfig
-from .errors import CachePicklingError, CacheStateError, CertKVError, CertKVError, ConfigError, UnsupportedModelError
+from .errors import CachePicklingError, CacheStateError, CertKVError, ConfigError, UnsupportedModelError
 from .layers import CertifiedLayer
 from .report import CertificateReport, MemoryReport
 
