@@ -187,5 +187,5 @@ def test_demo_in_a_reduced_form(tmp_path: Path) -> None:
         relative = task["certified"]["report"]["overall"]["relative"]
         assert relative["error"]["max"] <= relative["bound"]["max"] <= data["rtol"]
         assert task["certified"]["report"]["records"]
-    for word in ("dense", "naive", "certified", "certificate: rtol=0.05", "memory", "demo.png", "report.json"):
+    for word in ("dense", "naive", "certified", "certificate: rtol=0.02", "memory", "demo.png", "report.json"):
         assert word in result.stdout
