@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from .errors import InputError
+from .errors import GradientError, InputError
 from .handle import KEYS, VALUES, Handle
 from .layers import CertifiedLayer
 
@@ -80,6 +80,8 @@ def eager_attention(
         weights = torch.softmax(torch.cat([scores, logit], dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
+        # A row that may attend to nothing (padding) is 0, as SDPA has it, and not NaN: the next layer would spread it.
+        weights = torch.where(scores.amax(dim=-1, keepdim=True) == -torch.inf, 0.0, weights)
     return (weights @ values).to(query.dtype)
 
 
@@ -99,6 +101,13 @@ def scaled_dot_product_attention(
 
 def attend(call: AttentionCall) -> Tensor:
     """Serve one call: certified where it can be, exact where not."""
+    handles = [part for part in (call.key, call.value) if isinstance(part, Handle)]
+    if handles and torch.is_grad_enabled() and call.query.requires_grad:
+        with handles[0].layer.cache.step_guard():
+            raise GradientError(
+                "The query requires a gradient, and attention over a quantised cache cannot be differentiated through. Run the "
+                "model under `torch.no_grad()` (as `generate` does), or use a DynamicCache for training."
+            )
     layer = certifiable(call)
     if layer is not None:
         from .decode import certified_decode  # decode.py needs AttentionCall: imported when used
@@ -108,10 +117,8 @@ def attend(call: AttentionCall) -> Tensor:
     plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
     query, key, value, mask = plain
     assert query is not None and key is not None and value is not None
-    for part in (call.key, call.value):
-        if isinstance(part, Handle):
-            part.layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
-            break
+    if handles:
+        handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
     return call.dense(query, key, value, mask, call.sinks)
 
 
@@ -128,9 +135,16 @@ def certifiable(call: AttentionCall) -> CertifiedLayer | None:
     same = layer is value.layer and (key.kind, value.kind) == (KEYS, VALUES) and key.repeats == value.repeats
     if not same or key.pending or value.pending or not (key.is_current and value.is_current):
         return None
-    if query.dim() != 4 or query.shape[0] != layer.batch or query.shape[1] % layer.heads or query.dtype != layer.dtype:
+    if (
+        query.dim() != 4
+        or query.shape[0] != layer.batch
+        or query.shape[1] % layer.heads
+        or not query.numel()
+        or query.dtype != layer.dtype
+    ):
         return None
-    if query.shape[1] != layer.heads * key.repeats and not call.enable_gqa:
+    # Without `enable_gqa`, SDPA takes as many KV heads as query heads, or a single one, which it broadcasts.
+    if layer.heads * key.repeats not in (1, query.shape[1]) and not call.enable_gqa:
         return None
     if query.shape[3] != layer.widths[0] or query.device != layer.device or call.dropout or call.is_causal:
         return None
@@ -199,6 +213,11 @@ def certkv_attention(
             raise InputError(
                 f"attn_implementation='certkv' was given {unknown or ['output_attentions']}, which it does not know how to "
                 "honour. Use attn_implementation='sdpa' or 'eager' for this model: the cache then serves the exact originals."
+            )
+    if dropout and (softcap is not None or s_aux is not None):
+        with key.layer.cache.step_guard() if isinstance(key, Handle) else nullcontext():
+            raise InputError(
+                f"attn_implementation='certkv' has no dropout ({dropout}) with a softcap or sink logits; use 'eager'."
             )
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     positions, tokens = query.shape[2], key.shape[2]

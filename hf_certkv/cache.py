@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .certificate import Recorder
 from .config import CertKVConfig
-from .errors import CachePicklingError, CacheStateError, CertKVError, ConfigError, UnsupportedModelError
+from .errors import CachePicklingError, CacheStateError, ConfigError, UnsupportedModelError
 from .layers import CertifiedLayer
 from .report import CertificateReport, MemoryReport
 
@@ -63,7 +63,8 @@ class CertifiedQuantizedCache(Cache):
             raise ConfigError(f"settings={settings!r}: expected a CertKVConfig.")
         self.settings = (settings or CertKVConfig()).replace(**changes)
         self.recorder = Recorder(full=self.settings.record == "full")
-        self._journal: dict[int, tuple[int, dict[str, Any] | None]] = {}
+        self._journal: dict[int, Callable[[], None]] = {}
+        self._step_length: int | None = None
         self._irreversible = False
         self._broken: str | None = None
         self._warned: set[str] = set()
@@ -133,11 +134,23 @@ class CertifiedQuantizedCache(Cache):
         if layer_idx in self._journal:
             self._end_step()
         layer = self.layers[layer_idx]
-        before = None if isinstance(layer, CertifiedLayer) else dict(layer.__dict__)
         with self.step_guard():
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            self._journal[layer_idx] = (key_states.shape[-2], before)
-        return keys, values
+            # Noted before anything changes, so that whatever happens from here on can be undone.
+            self._journal[layer_idx] = _checkpoint(layer)
+            if isinstance(layer, CertifiedLayer):
+                self._check_lengths(layer)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_lengths(self, layer: CertifiedLayer) -> None:
+        """Refuse to go on where an earlier forward pass ended between two layers, outside this cache's sight."""
+        length = layer.sequence_length
+        if self._step_length is None:
+            self._step_length = length
+        elif length != self._step_length:
+            raise CacheStateError(
+                f"Layer {layer.layer_idx} holds {length} tokens, an earlier layer held {self._step_length} before this step: "
+                "an earlier forward pass was interrupted between layers, or another model used the cache. Call `reset()`."
+            )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; written in place, so a step that fails after it cannot be undone."""
@@ -161,20 +174,12 @@ class CertifiedQuantizedCache(Cache):
     def _undo_step(self) -> None:
         self.recorder.discard()
         journal, self._journal = self._journal, {}
-        for layer_idx, (count, before) in journal.items():
-            layer = self.layers[layer_idx]
-            if isinstance(layer, CertifiedLayer):
-                try:
-                    if layer.get_seq_length() == count:
-                        layer.reset()
-                    else:
-                        layer.crop(-count)
-                except (CertKVError, RuntimeError, MemoryError) as error:
-                    self._broken = f"layer {layer_idx}: {error}"
-                    continue
-            elif before is not None:
-                layer.__dict__.clear()
-                layer.__dict__.update(before)
+        self._step_length = None
+        for layer_idx, undo in journal.items():
+            try:
+                undo()
+            except RuntimeError as error:  # a device error while a copy is waited for
+                self._broken = f"layer {layer_idx}: {error}"
         if self._irreversible:
             self._broken = "its linear-attention states had been overwritten"
         self._irreversible = False
@@ -182,6 +187,7 @@ class CertifiedQuantizedCache(Cache):
     def _end_step(self) -> None:
         """The step under way is over: its records count, and it can no longer be undone."""
         self._journal.clear()
+        self._step_length = None
         self._irreversible = False
         self.recorder.commit()
         self.recorder.step += 1
@@ -284,10 +290,13 @@ class CertifiedQuantizedCache(Cache):
                 new.__dict__[name] = value
             elif name == "handles":
                 new.__dict__[name] = None  # hooks stay with the cache they were attached for
+            elif name == "_journal":
+                new.__dict__[name] = {}  # what a step under way would undo belongs to this cache
             else:
                 new.__dict__[name] = copy.deepcopy(value, memo)
         for layer in new.certified_layers:
             layer._adopt(new)
+        new._end_step()
         return new
 
     def __reduce__(self) -> Any:
@@ -304,6 +313,19 @@ class CertifiedQuantizedCache(Cache):
     def _length(self) -> int:
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         return max(lengths, default=0)
+
+
+def _checkpoint(layer: Any) -> Callable[[], None]:
+    """What brings a layer back to how it is now. transformers' own layers replace their tensors and keep no others."""
+    if isinstance(layer, CertifiedLayer):
+        return layer.checkpoint()
+    before = dict(layer.__dict__)
+
+    def undo() -> None:
+        layer.__dict__.clear()
+        layer.__dict__.update(before)
+
+    return undo
 
 
 def storage_bytes(attributes: dict[str, Any]) -> int:

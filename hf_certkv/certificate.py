@@ -207,7 +207,7 @@ class Recorder:
         self._pending.append(record)
 
     def add_exact(self, head_steps: int) -> None:
-        """Count head-steps with many queries, computed exactly from the originals."""
+        """Count head-steps computed exactly from the originals: many queries, or not what the certificate covers."""
         self._pending_exact += head_steps
 
     def commit(self) -> None:

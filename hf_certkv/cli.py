@@ -163,7 +163,7 @@ def demo(
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder for the picture and the report.")] = Path("certkv-demo"),
     tokens: Annotated[int, typer.Option(min=512, max=65536, help="Length of the haystack.")] = 8192,
     rtol: Rtol = 0.02,
-    seed: Annotated[int, typer.Option(help="Of the haystack and of the passage.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the haystack and of the passage.")] = 0,
 ) -> None:
     """Compare the dense, the naive and the certified cache on the two embedded models; two minutes on a laptop."""
     with _friendly():
@@ -239,7 +239,7 @@ def generate(
     device: Annotated[Device, typer.Option(help="'auto' is CUDA where there is one.")] = Device.auto,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Of sampling; implies --sample.")] = None,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of sampling.")] = 0,
     json_file: JsonFile = None,
     audit: Annotated[bool, typer.Option("--audit", help="Compare every output with exact attention; slow.")] = False,
 ) -> None:

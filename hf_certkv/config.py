@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,9 +23,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "block_size": (16, 32, 64, 128),
     "value_bits": (4, 8),
 }
+MOST = 1e300  # of a tolerance
+LARGEST = 2**62  # of a whole number
 _AT_LEAST: dict[str, float] = {
     "rtol": 0.0,
     "atol": 0.0,
+    "seed": 0,
     "sink_blocks": 0,
     "recent_window": 0,
     "hot_blocks": 0,
@@ -111,16 +113,16 @@ class CertKVConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
-            if value not in choices or isinstance(value, bool):
+            if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in choices:
                 raise ConfigError(f"{name}={value!r}: expected one of {choices}.")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ConfigError(f"{field.name}={value!r}: expected a whole number.")
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value > LARGEST):
+                raise ConfigError(f"{field.name}={str(value)[:40]}: expected a whole number below 2^62.")
             if field.type == "bool" and not isinstance(value, bool):
                 raise ConfigError(f"{field.name}={value!r}: expected True or False.")
             if field.type == "float" and (
-                isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+                isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST
             ):
                 raise ConfigError(f"{field.name}={value!r}: expected a finite number.")
         for name, least in _AT_LEAST.items():
@@ -143,6 +145,7 @@ class CertKVConfig:
             "block_size": 16,
             "value_group": 16,
             "refine": "off",
+            "seed": 0,
             "sink_blocks": 0,
             "recent_window": 0,
         }
@@ -184,8 +187,8 @@ class CertKVConfig:
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> CertKVConfig:
         """Settings from a dictionary; unknown names are refused."""
-        if not isinstance(settings, dict):
-            raise ConfigError(f"expected a dictionary of settings, got {type(settings).__name__}.")
+        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+            raise ConfigError(f"expected a dictionary of settings by name, got {type(settings).__name__}.")
         return cls().replace(**settings)
 
     @classmethod
@@ -193,6 +196,6 @@ class CertKVConfig:
         """Settings from a JSON file written by `to_json`."""
         try:
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
             raise ConfigError(f"{path}: not a JSON file of settings ({error}).") from error
         return cls.from_dict(settings)

@@ -296,7 +296,7 @@ class DecodeStep:
         """Blocks at their new levels: float32 `[n, block, channels]`."""
         layer, wanted = self.layer, level[index]
         width = layer.widths[kind]
-        out = torch.empty(len(wanted), layer.block, width, device=layer.device)
+        out = torch.empty(len(wanted), layer.block, width, dtype=torch.float32, device=layer.device)
         for at in range(3):
             chosen = (wanted == at).nonzero().flatten()
             if len(chosen) == 0:

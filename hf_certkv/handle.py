@@ -142,9 +142,10 @@ class Handle(Tensor):
             if lazy is not None:
                 return lazy
         name = getattr(func, "__name__", str(func))
-        if args and isinstance(args[0], Handle) and _writes(name):
+        written = args[0] if args and (_writes(name) or kwargs.get("inplace")) else kwargs.get("out")
+        if isinstance(written, Handle):
             raise InputError(
-                f"`{name}` would write into the cached {('keys', 'values')[args[0].kind]} of layer {args[0].layer.layer_idx}, "
+                f"`{name}` would write into the cached {('keys', 'values')[written.kind]} of layer {written.layer.layer_idx}, "
                 "which are written by `update` only. Change a copy: `handle.materialise().clone()`."
             )
         args, kwargs = tree_map(lambda part: _plain(part, name), (args, kwargs))

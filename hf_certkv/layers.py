@@ -21,7 +21,7 @@ from .config import CertKVConfig
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
 from .shadow import ShadowPages
-from .store import BlockStore, GrowingBuffer, HotSlots
+from .store import BlockStore, GrowingBuffer, HotSlots, slice_across
 
 if TYPE_CHECKING:
     from .cache import CertifiedQuantizedCache
@@ -125,7 +125,10 @@ class CertifiedLayer(CacheLayerMixin):
                 "all but the last size."
             )
         if key_states.dtype != value_states.dtype:
-            raise InputError(f"Layer {self.layer_idx}: {given}: expected one dtype for both.")
+            raise InputError(
+                f"Layer {self.layer_idx}: {given}: expected one dtype for both. Under autocast, rotary embeddings make keys "
+                "float32 and leave values 16-bit: load the model in one dtype (`dtype=torch.bfloat16`) and leave autocast out."
+            )
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise GradientError(
                 "The keys require gradients, and a quantised cache cannot be differentiated through. Run the model under "
@@ -167,8 +170,29 @@ class CertifiedLayer(CacheLayerMixin):
             # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
             return key_states.contiguous(), value_states.contiguous()
         if self.store.blocks == 0:
-            return self.tail[0].view, self.tail[1].view
+            return self.materialise(KEYS), self.materialise(VALUES)
         return Handle.make(self, KEYS), Handle.make(self, VALUES)
+
+    def checkpoint(self) -> Callable[[], None]:
+        """What brings this layer back to how it is now, as long as only `update` came between. Reads and allocates nothing."""
+        if not self.is_initialized:
+            return self._clear
+        tail, sink, blocks = self.tail, self.sink, self.store.blocks
+        lengths = (tail[0].length, tail[1].length)
+        tokens, new_tokens = self.sequence_length, self.new_tokens
+
+        def undo() -> None:
+            self.tail, self.sink = tail, sink
+            tail[0].length, tail[1].length = lengths
+            self.sequence_length, self.new_tokens = tokens, new_tokens
+            self.wanted = None
+            self.epoch += 1
+            self.store.truncate(blocks)
+            self.hot.truncate(blocks)
+            if self.shadow is not None:
+                self.shadow.truncate(blocks)
+
+        return undo
 
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put new tokens behind the tail, finishing the blocks that the new length finishes. Atomic."""
@@ -176,26 +200,27 @@ class CertifiedLayer(CacheLayerMixin):
         length = self.sequence_length + key_states.shape[2]
         target = self.finished_blocks(length)
         new = (key_states.detach(), value_states.detach())
+        held = self.tail[0].length
         if target == self.store.blocks:
             for buffer, part in zip(self.tail, new, strict=True):
                 buffer.reserve(part, part.shape[2])
             for buffer, part in zip(self.tail, new, strict=True):
-                buffer.append(part)
+                buffer.write(part)
+            self.tail[0].length = self.tail[1].length = held + key_states.shape[2]
             return
         # Everything that can fail is done on new objects or on unused room; the assignments at the end cannot.
         first = self.store.blocks == 0
         start = self.config.sink_blocks * self.block if first else 0
         count = (target - self.store.blocks) * self.block
-        held = self.tail[0].length
         finished, tails = [], []
         for buffer, part in zip(self.tail, new, strict=True):
-            finished.append(_slice(buffer, part, held, start, start + count))
+            finished.append(slice_across(buffer, part, held, start, start + count))
             tail = GrowingBuffer(self.config.recent_window + self.block)
-            tail.append(_slice(buffer, part, held, start + count, held + part.shape[2]))
+            tail.append(slice_across(buffer, part, held, start + count, held + part.shape[2]))
             tails.append(tail)
         sink = self.sink
         if first and start:
-            parts = [_slice(buffer, part, held, 0, start) for buffer, part in zip(self.tail, new, strict=True)]
+            parts = [slice_across(buffer, part, held, 0, start) for buffer, part in zip(self.tail, new, strict=True)]
             sink = (parts[0].clone(), parts[1].clone())
         blocked = [part.unflatten(2, (-1, self.block)) for part in finished]
         before = self.store.blocks
@@ -213,8 +238,7 @@ class CertifiedLayer(CacheLayerMixin):
         Raises: CorruptedPageError: a page's checksum does not match.
         """
         if self.store.blocks == 0:
-            exact = self.tail[kind].view
-            return exact[:, :, :length].contiguous()
+            return self.tail[kind].view[:, :, :length].clone(memory_format=torch.contiguous_format)
         assert self.shadow is not None
         pages = self.shadow.read_range(kind, 0, self.store.blocks, slice(None), slice(None))
         parts = ([self.sink[kind]] if self.sink is not None else []) + [pages, self.tail[kind].view]
@@ -393,11 +417,3 @@ class CertifiedLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"CertifiedLayer({self.layer_idx}, tokens={self.sequence_length}, quantised_blocks={self.store.blocks})"
-
-
-def _slice(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop: int) -> Tensor:
-    """Tokens start..stop-1 of the tail followed by `new`, without copying where one of them holds all."""
-    if start >= held:
-        return new[:, :, start - held : stop - held]
-    old = buffer.view[:, :, start : min(stop, held)]
-    return old if stop <= held else torch.cat([old, new[:, :, : stop - held]], dim=2)

@@ -109,7 +109,7 @@ class CertificateReport:
             "steps": recorder.step + 1,
             "overall": {**overall.to_dict(heads=False), "rung_share": self.rung_share},
             "layers": {str(i): summary.to_dict() for i, summary in sorted(recorder.layers.items())},
-            "exact_head_steps_many_queries": recorder.exact_queries,
+            "exact_head_steps": recorder.exact_queries,
             "materialised_operations": dict(recorder.materialised),
             "exact_layers": {str(i): name for i, name in exact_layers.items()},
             "memory": memory.to_dict(),
@@ -149,8 +149,11 @@ class CertificateReport:
         table.add_row(*self._row("all", overall), style="bold")
         parts.append(table)
         notes = ["B: bound of certified outputs, E_rms: error to expect (medians unless said; shares of the output's norm)"]
-        if self._data["exact_head_steps_many_queries"]:
-            notes.append(f"{self._data['exact_head_steps_many_queries']:,} head-steps with many queries: exact")
+        if self._data["exact_head_steps"]:
+            notes.append(
+                f"{self._data['exact_head_steps']:,} head-steps exact from the originals: many queries, or not what the "
+                "certificate covers"
+            )
         if self._data["materialised_operations"]:
             notes.append(f"served with exact originals: {self._data['materialised_operations']}")
         if self.exact_layers:

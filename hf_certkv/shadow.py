@@ -72,7 +72,8 @@ class ShadowPages:
 
     def _new_slab(self) -> Slab:
         try:
-            memory = allocate_host(self.slab_bytes, self.device.type == "cuda")
+            with torch.inference_mode(False):  # written again later, perhaps outside of inference mode
+                memory = allocate_host(self.slab_bytes, self.device.type == "cuda")
         except (RuntimeError, MemoryError) as error:
             raise HostMemoryError(
                 f"Layer {self.layer}: the host refused {self.slab_bytes:,} bytes for originals ({error}). The cache is as it "

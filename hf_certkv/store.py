@@ -32,17 +32,22 @@ class GrowingBuffer:
         if self.data is not None:
             needed = max(needed, self.length + max(count, self.length // 64))
         shape = (*like.shape[:2], needed, *like.shape[3:])
-        grown = torch.empty(shape, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # written again later, perhaps outside of inference mode
+            grown = torch.empty(shape, dtype=like.dtype, device=like.device)
         if self.data is not None:
             grown[:, :, : self.length] = self.data[:, :, : self.length]
         self.data = grown
 
     def append(self, entries: Tensor) -> None:
         """Add entries `[batch, kv_heads, count, ...]`."""
+        self.write(entries)
+        self.length += entries.shape[2]
+
+    def write(self, entries: Tensor) -> None:
+        """Put entries behind the last, without counting them yet."""
         self.reserve(entries, entries.shape[2])
         assert self.data is not None
         self.data[:, :, self.length : self.length + entries.shape[2]] = entries
-        self.length += entries.shape[2]
 
     @property
     def view(self) -> Tensor:
@@ -54,7 +59,8 @@ class GrowingBuffer:
         """A copy with the batch rows in `index` (int64 `[n]`)."""
         new = GrowingBuffer(self.room)
         if self.data is not None:
-            new.data = self.data.index_select(0, index.to(self.data.device))
+            with torch.inference_mode(False):
+                new.data = self.data.index_select(0, index.to(self.data.device))
             new.length = self.length
         return new
 
@@ -62,6 +68,14 @@ class GrowingBuffer:
     def nbytes(self) -> int:
         """Bytes allocated, room included."""
         return self.data.nbytes if self.data is not None else 0
+
+
+def slice_across(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop: int) -> Tensor:
+    """Entries start..stop-1 of `held` ones in a buffer followed by `new`, without copying where one of them holds all."""
+    if start >= held:
+        return new[:, :, start - held : stop - held]
+    old = buffer.view[:, :, start : min(stop, held)]
+    return old if stop <= held else torch.cat([old, new[:, :, : stop - held]], dim=2)
 
 
 class BlockStore:
@@ -180,10 +194,11 @@ class HotSlots:
         if self.slots == 0 or len(index[0]) == 0:
             return
         if self.blocks is None:
-            self.blocks = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
-            self.used = torch.full_like(self.blocks, -1)
-            self.keys = keys.new_zeros(batch, heads, self.slots, *keys.shape[1:])
-            self.values = values.new_zeros(batch, heads, self.slots, *values.shape[1:])
+            with torch.inference_mode(False):
+                self.blocks = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
+                self.used = torch.full_like(self.blocks, -1)
+                self.keys = keys.new_zeros(batch, heads, self.slots, *keys.shape[1:])
+                self.values = values.new_zeros(batch, heads, self.slots, *values.shape[1:])
         assert self.used is not None and self.keys is not None and self.values is not None
         for i, (row, head, block) in enumerate(zip(*(part.tolist() for part in index), strict=True)):
             slot = int(self.used[row, head].argmin())
@@ -220,8 +235,9 @@ class HotSlots:
         new = HotSlots(self.slots)
         if self.blocks is not None and self.used is not None and self.keys is not None and self.values is not None:
             index = index.to(self.blocks.device)
-            new.blocks, new.used = self.blocks.index_select(0, index), self.used.index_select(0, index)
-            new.keys, new.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+            with torch.inference_mode(False):
+                new.blocks, new.used = self.blocks.index_select(0, index), self.used.index_select(0, index)
+                new.keys, new.values = self.keys.index_select(0, index), self.values.index_select(0, index)
         return new
 
     @property

@@ -60,7 +60,7 @@ class Counting(ModelHook):
         return output
 
 
-def expected_output(rtol: float = 0.05) -> Any:
+def expected_output(rtol: float = 0.02) -> Any:
     """What the model gives without any hook."""
     model = build_model("llama")
     return generate(model, prompt(LENGTH), STEPS, new_cache(model, rtol=rtol))
