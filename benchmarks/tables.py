@@ -275,8 +275,8 @@ def write() -> None:
         return
     text = README.read_text(encoding="utf-8")
     for name, part in readme_figures().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         found = pattern.search(text)
         if found is not None:
-            text = text[: found.start()] + found[1] + part + found[2] + text[found.end() :]
+            text = text[: found.start()] + found[1] + part + "\n" + found[2] + text[found.end() :]
     README.write_text(text, encoding="utf-8")
