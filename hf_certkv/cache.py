@@ -127,7 +127,11 @@ class CertifiedQuantizedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Append keys and values `[batch, kv_heads, new_tokens, channels]` to a layer; see `CertifiedLayer.update`.
 
-        Raises: InputError, GradientError, HostMemoryError: all layers are as they were before the step.
+        One call a layer makes a step, as in a model's forward pass; a layer that comes again begins the next one.
+
+        Raises:
+            InputError, GradientError, HostMemoryError: all layers are as they were before the step.
+            CacheStateError: the layers of one step do not hold the same number of tokens.
         """
         if self._broken is not None:
             raise CacheStateError(f"An earlier step failed and could not be undone: {self._broken}. Call `reset()`.")
