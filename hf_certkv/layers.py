@@ -279,6 +279,7 @@ class CertifiedLayer(CacheLayerMixin):
 
     def prepare_crop(self, tokens_to_remove: int) -> Callable[[], None]:
         """Do everything of a crop that can fail; what is returned carries it out and cannot. Raises as `crop`."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor, which would become the length
         if tokens_to_remove > 0:
             raise InputError(
                 f"crop({tokens_to_remove}): expected zero or a negative number, the tokens to remove from the end."

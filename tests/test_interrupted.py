@@ -141,6 +141,17 @@ def test_what_was_returned_before_quantisation_is_nobodys_buffer() -> None:
     assert bool((cache.certified_layers[0].materialise(0) != 0).any())
 
 
+def test_a_crop_by_a_tensor_leaves_lengths_that_are_numbers() -> None:
+    cache = CertifiedQuantizedCache(CONFIG)
+    for layer_idx in range(2):
+        cache.update(*states(400), layer_idx)
+    cache.crop(torch.tensor(-4))  # type: ignore[arg-type]
+    for layer_idx in range(2):
+        cache.update(*states(5, 1), layer_idx)
+    assert [type(layer.sequence_length) for layer in cache.certified_layers] == [int, int]
+    assert cache.get_seq_length() == 401 and type(cache.get_seq_length()) is int
+
+
 def test_one_kv_head_that_sdpa_broadcasts_is_certified() -> None:
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=1, head_dim=16, hidden_size=64)
     cache = CertifiedQuantizedCache(config, rtol=0.5, audit=True, record="full")
