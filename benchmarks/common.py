@@ -71,6 +71,19 @@ def passages(tokenizer: Any, text: Path, count: int, tokens: int) -> torch.Tenso
     return torch.stack([ids[start : start + tokens] for start in starts])
 
 
+def greedy(model: Any, prompts: torch.Tensor, cache: Any, new_tokens: int, **options: Any) -> Any:
+    """What `generate` gives for exactly `new_tokens` greedy tokens after unpadded prompts `[batch, tokens]`."""
+    return model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        past_key_values=cache,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        **options,
+    )
+
+
 def make_cache(config: Any, settings: CertKVConfig) -> CertifiedQuantizedCache:
     """A cache with these settings, for one run."""
     return CertifiedQuantizedCache(config, settings=settings)

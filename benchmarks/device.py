@@ -11,7 +11,7 @@ import typer
 from transformers import DynamicCache
 
 from benchmarks.audit import run
-from benchmarks.common import machine, make_cache
+from benchmarks.common import greedy, machine, make_cache
 from hf_certkv import CertKVConfig
 from hf_certkv.embedded import load_embedded, make_haystack
 
@@ -22,16 +22,7 @@ FORMATS: tuple[dict[str, Any], ...] = ({}, {"refine": "off", "hot_blocks": 8}, {
 def dense_tokens_equal(model: Any, prompt: torch.Tensor) -> bool:
     """Whether rtol = 0 gives the logits of `DynamicCache`, bit for bit, over a greedy continuation."""
     outputs = [
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            past_key_values=cache,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        greedy(model, prompt, cache, NEW_TOKENS, output_logits=True, return_dict_in_generate=True)
         for cache in (DynamicCache(config=model.config), make_cache(model.config, CertKVConfig(rtol=0.0)))
     ]
     return all(torch.equal(ours, theirs) for ours, theirs in zip(outputs[0].logits, outputs[1].logits, strict=True))

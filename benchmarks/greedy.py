@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from benchmarks.common import make_cache, passages, save, timed
+from benchmarks.common import greedy, make_cache, passages, save, timed
 from hf_certkv import CertKVConfig
 from hf_certkv.embedded import load_embedded
 
@@ -33,14 +33,7 @@ def continuations(model: Any, prompts: torch.Tensor, make: Any) -> tuple[torch.T
     parts, caches = [], []
     for batch in prompts.split(BATCH):
         cache = make()
-        out = model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            past_key_values=cache,
-            max_new_tokens=NEW_TOKENS,
-            min_new_tokens=NEW_TOKENS,
-            do_sample=False,
-        )
+        out = greedy(model, batch, cache, NEW_TOKENS)
         parts.append(out[:, batch.shape[1] :])
         caches.append(cache)
     return torch.cat(parts), caches

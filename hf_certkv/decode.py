@@ -209,8 +209,8 @@ class DecodeStep:
             return
         if self.config.policy == "paper":
             paper_promotions(self)
-        else:
-            self.met_at_once = self.targets()[0]
+        else:  # until a round finds otherwise
+            self.met_at_once.fill_(True)
         for _ in range(self.config.max_rounds):
             met, target = self.targets()
             failing = ~met & ~self.dense.unsqueeze(-1)

@@ -202,8 +202,7 @@ class CertifiedLayer(CacheLayerMixin):
         new = (key_states.detach(), value_states.detach())
         held = self.tail[0].length
         if target == self.store.blocks:
-            for buffer, part in zip(self.tail, new, strict=True):
-                buffer.reserve(part, part.shape[2])
+            # Written tokens count only when both are written.
             for buffer, part in zip(self.tail, new, strict=True):
                 buffer.write(part)
             self.tail[0].length = self.tail[1].length = held + key_states.shape[2]
