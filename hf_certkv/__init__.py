@@ -17,6 +17,7 @@ from .errors import (
     GradientError,
     HostMemoryError,
     InputError,
+    MissingDependencyError,
     StaleHandleError,
     UnsupportedModelError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "HostMemoryError",
     "InputError",
     "MemoryReport",
+    "MissingDependencyError",
     "StaleHandleError",
     "UnsupportedModelError",
     "attach",

@@ -45,6 +45,10 @@ class GradientError(CertKVError, RuntimeError):
     """Keys or values require gradients; a quantised cache cannot be differentiated through."""
 
 
+class MissingDependencyError(CertKVError, ImportError):
+    """An optional package is needed and not installed; the message names the extra that brings it."""
+
+
 class CertificateViolation(CertKVError, AssertionError):
     """Audit found a true error above the returned bound: a bug in this package.
 

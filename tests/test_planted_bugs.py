@@ -8,17 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from torch import Tensor
+
+from hf_certkv import CertificateViolation, bounds, codecs
+from hf_certkv import decode as decode_module
+from hf_certkv.attention import AttentionCall
+from hf_certkv.decode import DecodeStep
+from hf_certkv.kernels import reference
+from hf_certkv.store import BlockStore, HotSlots
+from hf_certkv.verify.cases import (
     Case,
     call_on,
+    examine,
     fill,
+    judge,
     mask_of,
     new_cache,
-    run,
     tensors,
-    violations,
 )
-from tight_cases import (
+from hf_certkv.verify.worst_cases import (
     clamped_keys,
     equal_values,
     exact_everything,
@@ -29,14 +37,6 @@ from tight_cases import (
     unlike_heads,
     with_sink,
 )
-from torch import Tensor
-
-from hf_certkv import CertificateViolation, bounds, codecs
-from hf_certkv import decode as decode_module
-from hf_certkv.attention import AttentionCall
-from hf_certkv.decode import DecodeStep
-from hf_certkv.kernels import reference
-from hf_certkv.store import BlockStore, HotSlots
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -44,10 +44,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 def found_in(case: Case) -> list[str]:
     """Breaches found by the oracle, or by audit."""
     try:
-        found, _ = violations(case, *run(case))
+        return examine(case).breaches
     except CertificateViolation as error:
         return [str(error)]
-    return found
 
 
 def scaled_numbers(which: type, change: Callable[[Tensor, int], Tensor]) -> Plant:
@@ -252,7 +251,7 @@ def refilled(case: Case, other: tuple[Tensor, Tensor]) -> list[str]:
         cache.recorder.commit()
     except CertificateViolation as error:
         return [str(error)]
-    return violations(case, output, cache.recorder.records[-1], cache)[0]
+    return judge(case, output, cache.recorder.records[-1], cache.settings).breaches
 
 
 def test_planted_numbers_that_outlive_a_crop_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

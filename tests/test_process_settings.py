@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import (
+
+from hf_certkv.verify.cases import (
     Case,
+    Verdict,
+    examine,
+    judge,
     run,
     tensors,
-    violations,
 )
 
 
@@ -39,11 +42,11 @@ def process_setting(name: str) -> Iterator[None]:
 SETTINGS = ("medium", "high", "autocast bfloat16", "autocast float16", "flush denormals")
 
 
-def found_under(name: str, case: Case) -> tuple[list[str], float]:
+def found_under(name: str, case: Case) -> Verdict:
     """Breaches when everything runs under a process-wide setting; the oracle runs without it."""
     with process_setting(name):
         output, record, cache = run(case)
-    return violations(case, output, record, cache)
+    return judge(case, output, record, cache.settings)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -53,7 +56,7 @@ def test_process_settings_do_not_break_a_bound(name: str, rtol: float, channels:
     """`rtol=1e-5` is served densely: that output has a bound too."""
     for seed, size in enumerate((1.0, 6.0, 30.0)):
         q, k, v = tensors("normal", torch.float32, 120, channels, channels, 1, 1, seed)
-        found, _ = found_under(name, Case(q * size, k, v, settings={"rtol": rtol}))
+        found = found_under(name, Case(q * size, k, v, settings={"rtol": rtol})).breaches
         assert not found, found[:2]
 
 
@@ -64,9 +67,9 @@ def test_process_settings_do_not_spoil_what_is_measured(name: str) -> None:
         torch.manual_seed(seed)
         v = torch.randn(1, 2, 1, 128).expand(1, 2, 129, 128).clone()
         case = Case(torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 129, 8), v, settings={"atol": 1e3, "block_size": 64})
-        found, share = found_under(name, case)
-        assert not found, found[:2]
-        assert share > 0.9
+        verdict = found_under(name, case)
+        assert not verdict.breaches, verdict.breaches[:2]
+        assert verdict.share > 0.9
 
 
 @pytest.mark.parametrize("flush", [False, True])
@@ -82,10 +85,7 @@ def test_subnormal_queries_and_keys(flush: bool, small: float, swap: bool) -> No
     v = torch.zeros(1, 2, 97, 16)
     v[:, :, -1] = 1.0
     case = Case(q, k, v, scale=1.0, settings={"rtol": 0.3})
-    if flush:
-        found, _ = found_under("flush denormals", case)
-    else:
-        found, _ = violations(case, *run(case))
+    found = (found_under("flush denormals", case) if flush else examine(case)).breaches
     assert not found, found[:2]
 
 
@@ -100,5 +100,5 @@ def test_the_backend_precision_settings_are_honoured() -> None:
         output, record, cache = run(case)
     finally:
         matmul.fp32_precision = before
-    found, _ = violations(case, output, record, cache)
+    found = judge(case, output, record, cache.settings).breaches
     assert not found, found[:2]

@@ -8,26 +8,26 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import (
+from hypothesis import HealthCheck, given, settings, target
+from torch import Tensor
+
+from hf_certkv import codecs
+from hf_certkv.ladder import Rung
+from hf_certkv.verify.cases import (
     BEYOND,
     BITS,
     MASKS,
     REGIMES,
     Case,
     assert_sound,
+    judge,
     mask_of,
     run,
     tensors,
-    violations,
 )
-from hypothesis import HealthCheck, given, settings, target
-from tight_cases import (
+from hf_certkv.verify.worst_cases import (
     TIGHT,
 )
-from torch import Tensor
-
-from hf_certkv import codecs
-from hf_certkv.ladder import Rung
 
 
 @st.composite
@@ -145,9 +145,9 @@ def bound_of(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[float, floa
         settings={"atol": 1e9, "value_group": 0, "refine": "off"},
     )
     output, record, cache = run(case)
-    found, share = violations(case, output, record, cache)
-    assert not found, found
-    return float(record.bound[0, 0, 0]), share
+    verdict = judge(case, output, record, cache.settings)
+    assert not verdict.breaches, verdict.breaches
+    return float(record.bound[0, 0, 0]), verdict.share
 
 
 def test_an_adversary_that_climbs_does_not_reach_the_bound() -> None:

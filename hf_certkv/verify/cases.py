@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import mpmath
 import torch
 import torch.nn.functional as F
-from mpmath import mpf
-from oracle import exact_error, exact_norm
 from torch import Tensor
 from transformers import LlamaConfig
 
-from hf_certkv import CertifiedQuantizedCache
-from hf_certkv.attention import AttentionCall, attend
-from hf_certkv.certificate import StepRecord
-from hf_certkv.ladder import Rung
+from ..attention import AttentionCall, attend
+from ..cache import CertifiedQuantizedCache
+from ..certificate import StepRecord
+from ..config import CertKVConfig
+from ..ladder import Rung
+from .oracle import Problem, at_most, decided, exact_errors, exact_norm, flint, norm, upper
 
 DENSE = (Rung.DENSE_HEAD, Rung.DENSE_LAYER)
 BASE: dict[str, Any] = {
@@ -80,73 +80,124 @@ def run(case: Case) -> tuple[Tensor, StepRecord, CertifiedQuantizedCache]:
     return output, cache.recorder.records[-1], cache
 
 
-def row_of_mask(mask: Tensor | None, batch: int, head: int, position: int) -> Tensor | None:
+def row_of_mask(mask: Tensor, batch: int, head: int, position: int) -> Tensor:
     """The additive bias of one output; -inf where a boolean mask hides."""
-    if mask is None:
-        return None
     full = mask[(None,) * (4 - mask.dim())]
     row = full[batch % full.shape[0], head % full.shape[1], position % full.shape[2]]
     return torch.where(row, 0.0, -torch.inf) if row.dtype == torch.bool else row
 
 
-def errors(case: Case, output: Tensor) -> dict[tuple[int, int, int], mpf | None]:
-    """The exact error of every output; None where nothing is attended."""
+@dataclass(frozen=True)
+class Verdict:
+    """What the oracle says of one call. Head-steps are outputs of one query head at one position.
+
+    Attributes: breaches: every breach of the promise, in words; share: the largest error / bound, rounded up; where: its
+        batch row, query head and position; head_steps: outputs that were compared.
+    """
+
+    breaches: list[str]
+    share: float
+    where: tuple[int, int, int] | None
+    head_steps: int
+
+
+def problems(case: Case) -> Iterator[tuple[list[tuple[int, int, int]], Problem]]:
+    """The call as problems that share keys and values, with the place of every row in the output."""
     query, groups = case.query, case.query.shape[1] // case.keys.shape[1]
     scale = query.shape[-1] ** -0.5 if case.scale is None else case.scale
-    out: dict[tuple[int, int, int], mpf | None] = {}
     for b in range(query.shape[0]):
-        for h in range(query.shape[1]):
-            for p in range(query.shape[2]):
-                bias = row_of_mask(case.mask, b, h, p)
-                sink = float(case.sinks[h].float()) if case.sinks is not None else None
-                given_q, keys, values = query[b, h, p], case.keys[b, h // groups], case.values[b, h // groups]
-                if bias is not None and sink is None and not bool((bias > -torch.inf).any()):
-                    out[b, h, p] = None
-                elif not bool(torch.isfinite(output[b, h, p]).all()):
-                    out[b, h, p] = mpf("inf")
-                else:
-                    out[b, h, p] = exact_error(output[b, h, p], given_q, keys, values, scale, bias, case.softcap, sink)
-    return out
+        for head in range(case.keys.shape[1]):
+            places = [(b, head * groups + i, p) for i in range(groups) for p in range(query.shape[2])]
+            bias = None
+            if case.mask is not None:
+                bias = torch.stack([row_of_mask(case.mask, *place).double() for place in places])
+            sinks = None if case.sinks is None else [float(case.sinks[h].double()) for _, h, _ in places]
+            rows = torch.stack([query[place] for place in places])
+            yield places, Problem(rows, case.keys[b, head], case.values[b, head], scale, bias, case.softcap, sinks)
 
 
-def violations(case: Case, output: Tensor, record: StepRecord, cache: CertifiedQuantizedCache) -> tuple[list[str], float]:
-    """Every breach of the promise, and the largest share of a bound that an error reaches. No tolerance anywhere."""
-    found, share = [], 0.0
-    config = cache.settings
-    norms: dict[tuple[int, int], list[tuple[mpf, float, bool]]] = {}
-    for place, error in errors(case, output).items():
-        bound, rung = float(record.bound[place]), Rung(int(record.rung[place]))
-        if error is None:
-            continue
-        norm = exact_norm(output[place]) if error != mpf("inf") else mpf("inf")
-        norms.setdefault((place[0], place[2]), []).append((norm, bound, rung in DENSE))
-        if math.isfinite(bound):
-            if not error <= mpf(bound):
-                found.append(f"{place} {rung.name}: error {mpmath.nstr(error, 12)} above the bound {bound!r}")
-            share = max(share, float(error / mpf(bound)) if bound > 0 else (math.inf if error else 0.0))
-        elif rung not in DENSE and config.certified:
-            found.append(f"{place} {rung.name}: bound {bound}")
-        if rung not in DENSE and config.certified and config.scope == "head":
-            budget = mpf(config.atol) + mpf(config.rtol) * norm
-            if not mpf(bound) <= budget:
-                found.append(f"{place} {rung.name}: bound {bound!r} above the budget {mpmath.nstr(budget, 12)}")
-    if config.certified and config.scope == "layer":
-        for place, heads in norms.items():
-            if any(dense for _, _, dense in heads):
+def judge(case: Case, output: Tensor, record: StepRecord, config: CertKVConfig) -> Verdict:
+    """Every output of a call against the exact one, and every bound against the tolerance. No slack anywhere."""
+    breaches: list[str] = []
+    share, where, count = 0.0, None, 0
+    for places, problem in problems(case):
+        rows = torch.stack([output[place] for place in places])
+        bounds = [float(record.bound[place]) for place in places]
+        held, shares = compare(problem, rows, bounds)
+        finite = torch.isfinite(rows).all(dim=-1).tolist()
+        for i, (place, bound) in enumerate(zip(places, bounds, strict=True)):
+            rung = Rung(int(record.rung[place]))
+            count += 1
+            if math.isfinite(bound):
+                if not (held[i] and finite[i]):
+                    breaches.append(f"{place} {rung.name}: the error is {shares[i]:.9g} of the bound {bound!r}")
+            elif rung not in DENSE and config.certified and attends(problem, i):
+                breaches.append(f"{place} {rung.name}: bound {bound}")
+            if shares[i] > share:
+                share, where = shares[i], place
+    return Verdict(breaches + over_budget(output, record, config), share, where, count)
+
+
+def compare(problem: Problem, outputs: Tensor, bounds: list[float]) -> tuple[list[bool], list[float]]:
+    """Whether each row's error is within its bound, where that is finite, and error / bound, rounded up."""
+    shares = [0.0] * len(bounds)
+
+    def question() -> list[bool | None]:
+        answers: list[bool | None] = []
+        for i, error in enumerate(exact_errors(problem, outputs.double().nan_to_num())):
+            if error is None or not math.isfinite(bounds[i]):
+                answers.append(True)
                 continue
-            together = mpmath.sqrt(mpmath.fsum(mpf(bound) ** 2 for _, bound, _ in heads))
-            budget = mpf(config.atol) + mpf(config.rtol) * mpmath.sqrt(mpmath.fsum(norm**2 for norm, _, _ in heads))
-            if not together <= budget:
-                found.append(f"{place}: together {mpmath.nstr(together, 12)} above {mpmath.nstr(budget, 12)}")
-    return found, share
+            answers.append(at_most(error, flint.arb(bounds[i])))
+            shares[i] = upper(error / bounds[i]) if bounds[i] > 0 else 0.0
+        return answers
+
+    return decided(question), shares
+
+
+def attends(problem: Problem, row: int) -> bool:
+    """Whether a row attends anything."""
+    return problem.sinks is not None or problem.bias is None or bool((problem.bias[row] > -torch.inf).any())
+
+
+def over_budget(output: Tensor, record: StepRecord, config: CertKVConfig) -> list[str]:
+    """Certified outputs whose bound is above the tolerance: by head, or together where heads share a budget."""
+    if not config.certified:
+        return []
+    atol, rtol = flint.arb(config.atol), flint.arb(config.rtol)
+    breaches = []
+    everyone = list(range(output.shape[1]))
+    for b in range(output.shape[0]):
+        for p in range(output.shape[2]):
+            served = [h for h in everyone if int(record.rung[b, h, p]) not in DENSE]
+            groups = [(served, everyone)] if config.scope == "layer" else [([h], [h]) for h in served]
+            for heads, sharing in groups:
+                bounds = [float(record.bound[b, h, p]) for h in heads]
+                if not all(map(math.isfinite, bounds)):
+                    continue  # named by `judge`
+                size = output[b, sharing, p].nan_to_num()
+
+                def fits(bounds: list[float] = bounds, size: Tensor = size) -> list[bool | None]:
+                    together = norm([flint.arb(bound) for bound in bounds])
+                    return [at_most(together, atol + rtol * exact_norm(size))]
+
+                if not decided(fits)[0]:
+                    breaches.append(f"batch row {b}, heads {heads}, position {p}: bounds {bounds} are above the tolerance")
+    return breaches
+
+
+def examine(case: Case) -> Verdict:
+    """Run a case and judge it."""
+    output, record, cache = run(case)
+    return judge(case, output, record, cache.settings)
 
 
 def assert_sound(case: Case) -> tuple[float, StepRecord]:
     """Run, compare with the oracle; the largest error / bound, and the record."""
     output, record, cache = run(case)
-    found, share = violations(case, output, record, cache)
-    assert not found, found[:4]
-    return share, record
+    verdict = judge(case, output, record, cache.settings)
+    assert not verdict.breaches, verdict.breaches[:4]
+    return verdict.share, record
 
 
 REGIMES = (

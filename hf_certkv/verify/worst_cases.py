@@ -1,4 +1,4 @@
-"""Constructed cases in which a bound is nearly attained: what a planted bug must break."""
+"""Constructed cases in which a bound is nearly attained: what planted bugs break."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from cases import (
-    Case,
-    tensors,
-)
 from torch import Tensor
+
+from .cases import Case, tensors
 
 
 def equal_values(dtype: torch.dtype = torch.float32, size: float = 1.0, **changes: Any) -> Case:
