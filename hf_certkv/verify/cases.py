@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class Case:
     softcap: float | None = None
     sinks: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Case:
+        """The same on a device."""
+        moved = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
 
 def new_cache(case: Case) -> CertifiedQuantizedCache:
