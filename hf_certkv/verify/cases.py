@@ -48,7 +48,7 @@ class Case:
 
     def to(self, device: torch.device) -> Case:
         """The same on a device."""
-        moved = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
         return replace(self, **moved)
 
 
