@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import CertificateViolation
 from .handle import KEYS, VALUES
+from .scrub import every_block, require_intact
 
 if TYPE_CHECKING:
     from .decode import DecodeStep
@@ -46,9 +47,11 @@ def exact_output(
 def audit_step(step: DecodeStep) -> Tensor:
     """True errors of what is about to be returned: float64 `[batch, kv_heads, rows]`.
 
-    Raises: CertificateViolation: an error is above its bound, with everything needed to reproduce it.
+    Raises: CertificateViolation: an error is above its bound, with everything needed to reproduce it; BlocksRepairedError:
+        the step used damaged blocks and has to begin again.
     """
     layer, call = step.layer, step.call
+    require_intact(layer, every_block(layer))
     keys, values = layer.materialise(KEYS), layer.materialise(VALUES)
     bias = None
     if step.exact_bias is not None and step.block_bias is not None:

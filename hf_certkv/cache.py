@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -15,11 +13,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from .certificate import Recorder
 from .config import CertKVConfig
 from .errors import CachePicklingError, CacheStateError, ConfigError, UnsupportedModelError
+from .interrupts import uninterrupted
 from .layers import CertifiedLayer
 from .report import CertificateReport, MemoryReport
+from .scrub import ScrubReport, scrub_layer
+from .steps import JOURNAL, StepJournal
 
 
-class CertifiedQuantizedCache(Cache):
+class CertifiedQuantizedCache(StepJournal, Cache):
     """A transformers cache with INT8 keys and INT4 or INT8 values whose attention outputs are certified or dense.
 
     Every full-attention layer is quantised; the originals lie in host memory. Per decode step and head the distance of the
@@ -63,10 +64,7 @@ class CertifiedQuantizedCache(Cache):
             raise ConfigError(f"settings={settings!r}: expected a CertKVConfig.")
         self.settings = (settings or CertKVConfig()).replace(**changes)
         self.recorder = Recorder(full=self.settings.record == "full")
-        self._journal: dict[int, Callable[[], None]] = {}
-        self._step_length: int | None = None
-        self._irreversible = False
-        self._broken: str | None = None
+        self._begin_journal()
         self._warned: set[str] = set()
         self.handles: Any = None
         super().__init__(layers=self._pick_layers(config))
@@ -117,11 +115,6 @@ class CertifiedQuantizedCache(Cache):
                 stacklevel=3,
             )
 
-    @property
-    def certified_layers(self) -> list[CertifiedLayer]:
-        """The layers that are quantised."""
-        return [layer for layer in self.layers if isinstance(layer, CertifiedLayer)]
-
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -133,28 +126,19 @@ class CertifiedQuantizedCache(Cache):
             InputError, GradientError, HostMemoryError: all layers are as they were before the step.
             CacheStateError: the layers of one step do not hold the same number of tokens.
         """
+        with self._one_thread():
+            return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self._broken is not None:
             raise CacheStateError(f"An earlier step failed and could not be undone: {self._broken}. Call `reset()`.")
         if layer_idx in self._journal:
             self._end_step()
-        layer = self.layers[layer_idx]
         with self.step_guard():
-            # Noted before anything changes, so that whatever happens from here on can be undone.
-            self._journal[layer_idx] = _checkpoint(layer)
-            if isinstance(layer, CertifiedLayer):
-                self._check_lengths(layer)
+            self._enter(layer_idx)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def _check_lengths(self, layer: CertifiedLayer) -> None:
-        """Refuse to go on where an earlier forward pass ended between two layers, outside this cache's sight."""
-        length = layer.sequence_length
-        if self._step_length is None:
-            self._step_length = length
-        elif length != self._step_length:
-            raise CacheStateError(
-                f"Layer {layer.layer_idx} holds {length} tokens, an earlier layer held {self._step_length} before this step: "
-                "an earlier forward pass was interrupted between layers, or another model used the cache. Call `reset()`."
-            )
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; written in place, so a step that fails after it cannot be undone."""
@@ -165,36 +149,6 @@ class CertifiedQuantizedCache(Cache):
         """As in transformers; written in place, so a step that fails after it cannot be undone."""
         self._irreversible = True
         return super().update_recurrent_state(*args, **kwargs)
-
-    @contextmanager
-    def step_guard(self) -> Iterator[None]:
-        """Undo the step under way, in every layer, when what runs inside fails."""
-        try:
-            yield
-        except BaseException:
-            self._undo_step()
-            raise
-
-    def _undo_step(self) -> None:
-        self.recorder.discard()
-        journal, self._journal = self._journal, {}
-        self._step_length = None
-        for layer_idx, undo in journal.items():
-            try:
-                undo()
-            except RuntimeError as error:  # a device error while a copy is waited for
-                self._broken = f"layer {layer_idx}: {error}"
-        if self._irreversible:
-            self._broken = "its linear-attention states had been overwritten"
-        self._irreversible = False
-
-    def _end_step(self) -> None:
-        """The step under way is over: its records count, and it can no longer be undone."""
-        self._journal.clear()
-        self._step_length = None
-        self._irreversible = False
-        self.recorder.commit()
-        self.recorder.step += 1
 
     def note_materialised(self, layer_idx: int, operation: str) -> None:
         """Count an operation that was served with exact originals, and say so once."""
@@ -208,19 +162,6 @@ class CertifiedQuantizedCache(Cache):
                 stacklevel=2,
             )
 
-    @contextmanager
-    def _all_or_nothing(self) -> Iterator[None]:
-        """Between steps: end the one before; put every layer's attributes back when what runs inside fails."""
-        self._end_step()
-        before = [dict(layer.__dict__) for layer in self.layers]
-        try:
-            yield
-        except BaseException:
-            for layer, attributes in zip(self.layers, before, strict=True):
-                layer.__dict__.clear()
-                layer.__dict__.update(attributes)
-            raise
-
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens from every layer, exactly. Args: tokens_to_remove: zero or negative.
 
@@ -232,8 +173,19 @@ class CertifiedQuantizedCache(Cache):
             for layer in self.layers:
                 if not isinstance(layer, CertifiedLayer):
                     layer.crop(tokens_to_remove)
-        for part in carry_out:
-            part()
+            with uninterrupted():
+                for part in carry_out:
+                    part()
+
+    def scrub(self) -> ScrubReport:
+        """Compare everything that is stored quantised, and every original, with its checksum; repair damaged blocks.
+
+        Steps do this on their own only for what they promote and, with `audit=True`, for everything.
+
+        Raises: CorruptedPageError: a page of originals is damaged; FaultyMemoryError: a block could not be repaired.
+        """
+        with self._one_thread():
+            return sum((scrub_layer(layer) for layer in self.certified_layers), ScrubReport(0, 0, 0, 0, 0))
 
     def reset(self) -> None:
         """Forget all tokens; records stay."""
@@ -294,10 +246,9 @@ class CertifiedQuantizedCache(Cache):
                 new.__dict__[name] = value
             elif name == "handles":
                 new.__dict__[name] = None  # hooks stay with the cache they were attached for
-            elif name == "_journal":
-                new.__dict__[name] = {}  # what a step under way would undo belongs to this cache
-            else:
+            elif name not in JOURNAL:  # what a step under way would undo belongs to this cache
                 new.__dict__[name] = copy.deepcopy(value, memo)
+        new._begin_journal()
         for layer in new.certified_layers:
             layer._adopt(new)
         new._end_step()
@@ -317,19 +268,6 @@ class CertifiedQuantizedCache(Cache):
     def _length(self) -> int:
         lengths = [layer.get_seq_length() for layer in self.layers if isinstance(layer, CacheLayerMixin)]
         return max(lengths, default=0)
-
-
-def _checkpoint(layer: Any) -> Callable[[], None]:
-    """What brings a layer back to how it is now. transformers' own layers replace their tensors and keep no others."""
-    if isinstance(layer, CertifiedLayer):
-        return layer.checkpoint()
-    before = dict(layer.__dict__)
-
-    def undo() -> None:
-        layer.__dict__.clear()
-        layer.__dict__.update(before)
-
-    return undo
 
 
 def storage_bytes(attributes: dict[str, Any]) -> int:

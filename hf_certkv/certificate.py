@@ -198,6 +198,9 @@ class Recorder:
         self.records: list[StepRecord] = []
         self.materialised: dict[str, int] = {}
         self.exact_queries = 0
+        self.repaired = (
+            0  # damaged blocks found and repaired; counts at once, for the damage was real whatever becomes of the step
+        )
         self.step = 0
         self._pending: list[StepRecord] = []
         self._pending_exact = 0

@@ -8,33 +8,47 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import bounds, ladder
 from .attention import AttentionCall, is_packed
 from .audit import audit_step
-from .certificate import StepRecord
 from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
 from .dense import dense_bound, dense_layer, dense_unit
+from .errors import FaultyMemoryError
 from .handle import KEYS, VALUES
 from .kernels import reference as kernel
-from .ladder import Rung
 from .layers import CertifiedLayer
 from .masks import row_bias, split_bias
 from .paper import paper_promotions
 from .precision import full_precision
+from .recording import step_record
+from .scrub import BlocksRepairedError, require_intact
+from .store import Index
 
-Index = tuple[Tensor, Tensor, Tensor]
+MOST_REPAIRS = 8  # of one step: more is no accident
 
 
 def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     """Attention of a few queries over a quantised layer: certified, or dense on the originals.
 
     Returns: `[batch, query_heads, positions, value channels]`, in the query's dtype.
-    Raises: CorruptedPageError: originals were needed and cannot be trusted; CertificateViolation: audit found a bug.
+    Raises: CorruptedPageError: originals were needed and cannot be trusted; CertificateViolation: audit found a bug;
+        FaultyMemoryError: quantised blocks are damaged again and again.
     """
+    for _ in range(MOST_REPAIRS):
+        try:
+            return _attempt(layer, call)
+        except BlocksRepairedError:  # whatever was computed from damaged blocks is thrown away
+            continue
+    raise FaultyMemoryError(
+        f"Layer {layer.layer_idx}: quantised blocks were found damaged {MOST_REPAIRS} times within one step. The device's "
+        "memory is faulty; nothing was returned from it. Move the model to another device."
+    )
+
+
+def _attempt(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     with full_precision(layer.device.type):
         step = DecodeStep(layer, call)
         config = layer.config
@@ -184,7 +198,7 @@ class DecodeStep:
         # One budget for the heads of a batch row and position: heads along the last axis. What goes to the dense rung will
         # have the rounding bound only; `finish` looks again when the dense outputs are there.
         served = torch.where(self.dense.unsqueeze(-1), dense_bound(self, self.norm), self.bound)
-        bound, norm = self._by_position(served), self._by_position(self.norm)
+        bound, norm = self.by_position(served), self.by_position(self.norm)
         budget = ladder.head_budget(config.rtol, config.atol, norm.square().sum(dim=-1).sqrt())
         together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
         met = bounds.meets(together, budget)
@@ -193,13 +207,13 @@ class DecodeStep:
         within = met.unsqueeze(-1) | admits
         return self._by_row(within), self._by_row(level.unsqueeze(-1).expand_as(bound))
 
-    def _by_position(self, rows: Tensor) -> Tensor:
+    def by_position(self, rows: Tensor) -> Tensor:
         """`[B, H, R]` -> `[B, positions, query heads]`."""
         positions = 1 if self.packed else self.call.query.shape[2]
         return rows.unflatten(-1, (-1, positions)).permute(0, 3, 1, 2).flatten(2)
 
     def _by_row(self, heads: Tensor) -> Tensor:
-        """Inverse of `_by_position`."""
+        """Inverse of `by_position`."""
         return heads.unflatten(-1, (self.shape[1], -1)).permute(0, 2, 3, 1).flatten(2)
 
     def climb(self) -> None:
@@ -285,6 +299,7 @@ class DecodeStep:
         if not bool(changed.any()):
             return False
         index: Index = tuple(torch.nonzero(changed, as_tuple=True))  # type: ignore[assignment]
+        require_intact(self.layer, index)
         keys = self._load(KEYS, index, key_level, self.key_level)
         values = self._load(VALUES, index, value_level, self.value_level)
         kernel.redo_blocks(self.segments, index, self.scaled, keys, values, self.block_bias, self.call.softcap)
@@ -333,7 +348,7 @@ class DecodeStep:
         if self.config.audit:
             error = audit_step(self)
         self._keep_hot()
-        self._record(error)
+        self.layer.cache.recorder.add(step_record(self, error))
         return output
 
     def _close_bounds(self) -> None:
@@ -353,35 +368,6 @@ class DecodeStep:
         hot_index: Index = tuple(torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True))  # type: ignore[assignment]
         layer.hot.touch(hot_index, step)
         layer.wanted = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
-
-    def _record(self, error: Tensor) -> None:
-        def by_head(rows: Tensor) -> np.ndarray:
-            return self._by_position(rows).transpose(1, 2).cpu().numpy()
-
-        shape = self.bound.shape
-        keys = (self.key_level > self.hot_level).sum(dim=-1)
-        values = (self.value_level > self.hot_level).sum(dim=-1)
-        rung = torch.full(shape, Rung.FAST if self.config.certified else Rung.UNCERTIFIED, device=self.bound.device)
-        rung = torch.where((keys > 0).unsqueeze(-1), Rung.KEYS, rung)
-        rung = torch.where((values > 0).unsqueeze(-1), Rung.VALUES, rung)
-        dense = Rung.DENSE_LAYER if self.whole_layer else Rung.DENSE_HEAD
-        # A head that met its tolerance at once counts as fast, although it uses what was raised for others of its group.
-        rung = torch.where(self.met_at_once, Rung.FAST, rung)
-        rung = torch.where(self.dense.unsqueeze(-1), dense, rung)
-        record = StepRecord(
-            self.layer.cache.recorder.step,
-            self.layer.layer_idx,
-            by_head(rung),
-            by_head(self.candidate),
-            by_head(self.bound),
-            by_head(self.expected),
-            by_head(self.norm),
-            by_head(error),
-            keys.cpu().numpy(),
-            values.cpu().numpy(),
-            self.bytes_moved,
-        )
-        self.layer.cache.recorder.add(record)
 
 
 def _largest(stored: Tensor, exact: Tensor) -> Tensor:

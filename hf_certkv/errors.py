@@ -29,12 +29,16 @@ class CorruptedPageError(CertKVError, RuntimeError):
     """A page of originals no longer has the checksum it was written with; nothing was returned from it."""
 
 
+class FaultyMemoryError(CertKVError, RuntimeError):
+    """A quantised block was damaged, and what was written to repair it did not stay as written."""
+
+
 class StaleHandleError(CertKVError, RuntimeError):
     """Keys or values returned by `update` were used after the cache was cropped, reordered or reset."""
 
 
 class CacheStateError(CertKVError, RuntimeError):
-    """A failed step could not be undone in a layer that this package does not own; call `reset()`."""
+    """The layers do not hold the same tokens, or two threads use one cache; the message says what to call."""
 
 
 class CachePicklingError(CertKVError, TypeError):

@@ -144,6 +144,7 @@ def _certified(layer: CertifiedLayer, context: int, batch: int, heads: int, widt
         "host_planes": units * blocks * block * planes if settings.refine == "host" else 0,
         "scales": units * blocks * scales,
         "numbers": units * blocks * numbers,
+        "checksums": units * blocks * 2 * LONG,
         "exact": (sink + tail) * token,
         "hot": hot,
         "host_originals": slabs * (pages.slab_bytes + checksums),

@@ -6,13 +6,19 @@ each backend); mixing them makes the old getter raise. Here the newer one is use
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from .interrupts import uninterrupted
+
 FULL = ("none", "ieee")
+_lock = threading.Lock()
+_inside = 0  # guards open, in all threads: the settings belong to the process
+_put_back: Callable[[], None] | None = None  # by the last one out; None where the settings were full to begin with
 
 
 def _backends() -> list[Any]:
@@ -23,6 +29,11 @@ def _backends() -> list[Any]:
 
 def float32_is_full() -> bool:
     """Whether a float32 matrix product outside `full_precision` is a float32 matrix product."""
+    with _lock:
+        return _put_back is None and _settings_are_full()
+
+
+def _settings_are_full() -> bool:
     backends = _backends()
     if backends:
         return all(backend.fp32_precision in FULL for backend in backends)
@@ -38,27 +49,43 @@ def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """Everything inside is computed in the precision of its tensors; the settings are put back behind it."""
+    """Everything inside is computed in the precision of its tensors; the settings are put back behind it.
+
+    Several threads may be inside, each with its own cache: the first sets, the last puts back.
+    """
+    global _inside, _put_back
     with torch.autocast(device_type, enabled=False):
-        if float32_is_full():
-            yield
-            return
-        backends = _backends()
-        if not backends:
-            before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("highest")
-            try:
-                yield
-            finally:
-                torch.set_float32_matmul_precision(before)
-            return
-        # A backend that follows the setting above it is made to follow it again.
-        above = getattr(torch.backends, "fp32_precision", "none")
-        kept = [(backend, backend.fp32_precision) for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        entered = False
         try:
+            with uninterrupted(), _lock:
+                if _inside == 0 and not _settings_are_full():
+                    _put_back = _set_full()
+                _inside += 1
+                entered = True
             yield
         finally:
-            for backend, precision in kept:
-                backend.fp32_precision = "none" if precision == above else precision
+            with uninterrupted(), _lock:
+                _inside -= int(entered)
+                if _inside == 0 and _put_back is not None:
+                    put_back, _put_back = _put_back, None
+                    put_back()
+
+
+def _set_full() -> Callable[[], None]:
+    """Ask for full float32 products; what is returned puts back what was set before."""
+    backends = _backends()
+    if not backends:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(precision)
+    # A backend that follows the setting above it is made to follow it again.
+    above = getattr(torch.backends, "fp32_precision", "none")
+    kept = [(backend, backend.fp32_precision) for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+
+    def put_back() -> None:
+        for backend, precision in kept:
+            backend.fp32_precision = "none" if precision == above else precision
+
+    return put_back

@@ -110,6 +110,7 @@ class CertificateReport:
             "overall": {**overall.to_dict(heads=False), "rung_share": self.rung_share},
             "layers": {str(i): summary.to_dict() for i, summary in sorted(recorder.layers.items())},
             "exact_head_steps": recorder.exact_queries,
+            "repaired_blocks": recorder.repaired,
             "materialised_operations": dict(recorder.materialised),
             "exact_layers": {str(i): name for i, name in exact_layers.items()},
             "memory": memory.to_dict(),
@@ -156,6 +157,8 @@ class CertificateReport:
             )
         if self._data["materialised_operations"]:
             notes.append(f"served with exact originals: {self._data['materialised_operations']}")
+        if self._data["repaired_blocks"]:
+            notes.append(f"{self._data['repaired_blocks']} damaged block(s) found by their checksum and repaired")
         if self.exact_layers:
             notes.append(f"{len(self.exact_layers)} layer(s) keep transformers' own exact storage")
         if notes:

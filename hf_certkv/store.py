@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checksums import block_checksum
 from .codecs import EncodedBlocks, KeyCodec, ValueCodec
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
+PARTS = ("codes", "plane", "scale", "offset", "numbers")  # of a block, in the order in which its checksum takes them
+Index = tuple[Tensor, Tensor, Tensor]  # int64 [n] each: batch row, KV head, block
 
 
 class GrowingBuffer:
@@ -79,15 +82,15 @@ def slice_across(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop
 
 
 class BlockStore:
-    """The quantised blocks of one layer: codes, planes, scales, and the numbers of the certificate.
+    """The quantised blocks of one layer: codes, planes, scales, the numbers of the certificate, and a checksum of all that.
 
     Args: refine: `"device"`, `"host"` or `"off"`, where the refinement planes live.
     """
 
     def __init__(self, key_codec: KeyCodec, value_codec: ValueCodec, refine: str) -> None:
         self.key_codec, self.value_codec, self.refine = key_codec, value_codec, refine
-        self.keys = {name: GrowingBuffer() for name in ("codes", "plane", "scale", "offset", "numbers")}
-        self.values = {name: GrowingBuffer() for name in ("codes", "plane", "scale", "offset", "numbers")}
+        self.keys = {name: GrowingBuffer() for name in (*PARTS, "checksum")}
+        self.values = {name: GrowingBuffer() for name in (*PARTS, "checksum")}
         self.blocks = 0
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -109,19 +112,38 @@ class BlockStore:
                 self.value_codec.encode(values[:, :, start:stop]),
             )
             for buffers, blocks in zip((self.keys, self.values), encoded, strict=True):
-                for name, buffer in buffers.items():
-                    part = self._placed(name, getattr(blocks, name))
-                    if part is None:
-                        continue
+                for name, part in self._signed(blocks).items():
+                    buffer = buffers[name]
                     if start == 0:
                         buffer.reserve(part, count)
                     buffer.length = self.blocks + start
                     buffer.append(part)
 
-    def _placed(self, name: str, part: Tensor | None) -> Tensor | None:
-        if part is not None and name == "plane" and self.refine == "host":
-            return part.cpu()
-        return part
+    def _signed(self, blocks: EncodedBlocks) -> dict[str, Tensor]:
+        """The parts of encoded blocks where they are to lie, with their checksum."""
+        parts = {name: getattr(blocks, name) for name in PARTS}
+        leading = blocks.numbers.dim() - 1
+        parts["checksum"] = block_checksum([parts[name] for name in PARTS], leading, blocks.codes.device)
+        if parts["plane"] is not None and self.refine == "host":
+            parts["plane"] = parts["plane"].cpu()
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def damaged(self, index: Index) -> Tensor:
+        """Which blocks no longer have the checksum they were written with, keys or values: bool `[n]`."""
+        wrong = torch.zeros(len(index[0]), dtype=torch.bool, device=index[0].device)
+        for buffers in (self.keys, self.values):
+            parts = [_entries(buffers[name], index) if buffers[name].data is not None else None for name in PARTS]
+            wrong |= block_checksum(parts, 1, wrong.device) != _entries(buffers["checksum"], index)
+        return wrong
+
+    def rewrite(self, index: Index, keys: Tensor, values: Tensor) -> None:
+        """Encode single blocks anew, in place. Args: keys, values: originals `[n, block, channels]`."""
+        with full_precision(keys.device.type):
+            encoded = self.key_codec.encode(keys), self.value_codec.encode(values)
+        for buffers, blocks in zip((self.keys, self.values), encoded, strict=True):
+            for name, part in self._signed(blocks).items():
+                view = buffers[name].view
+                view[_moved(index, view.device)] = part
 
     def truncate(self, blocks: int) -> None:
         """Keep the first `blocks` blocks. Cannot fail."""
@@ -146,7 +168,7 @@ class BlockStore:
         )
         return key, value
 
-    def decode(self, kind: str, level: int, index: tuple[Tensor, Tensor, Tensor], channels: int) -> Tensor:
+    def decode(self, kind: str, level: int, index: Index, channels: int) -> Tensor:
         """Single blocks as float32 `[n, block, channels]` at `level` 0 or 1.
 
         Args: kind: `"keys"` or `"values"`; index: int64 `[n]` each, batch row, KV head and block.
@@ -154,15 +176,14 @@ class BlockStore:
         buffers = self.keys if kind == "keys" else self.values
         plane = None
         if level == 1:
-            stored = buffers["plane"].view
-            plane = stored[tuple(part.to(stored.device) for part in index)].to(index[0].device)
-        codes, scale, offset = (buffers[name].view[index] for name in ("codes", "scale", "offset"))
+            plane = _entries(buffers["plane"], index).to(index[0].device)
+        codes, scale, offset = (_entries(buffers[name], index) for name in ("codes", "scale", "offset"))
         if kind == "keys":
             return self.key_codec.decode(codes, plane, scale, offset)
         return self.value_codec.decode(codes, plane, scale, offset, channels)
 
     def nbytes(self) -> dict[str, int]:
-        """Bytes by part, as allocated: codes, planes (device and host), scales, numbers."""
+        """Bytes by part, as allocated: codes, planes (device and host), scales, numbers, checksums."""
         both = (self.keys, self.values)
         planes = sum(b["plane"].nbytes for b in both)
         return {
@@ -171,7 +192,17 @@ class BlockStore:
             "host_planes": planes if self.refine == "host" else 0,
             "scales": sum(b["scale"].nbytes + b["offset"].nbytes for b in both),
             "numbers": sum(b["numbers"].nbytes for b in both),
+            "checksums": sum(b["checksum"].nbytes for b in both),
         }
+
+
+def _moved(index: Index, device: torch.device) -> Index:
+    return index[0].to(device), index[1].to(device), index[2].to(device)
+
+
+def _entries(buffer: GrowingBuffer, index: Index) -> Tensor:
+    """Single blocks of a buffer, where the buffer lies: `[n, ...]`."""
+    return buffer.view[_moved(index, buffer.view.device)]
 
 
 class HotSlots:
@@ -187,9 +218,7 @@ class HotSlots:
         self.keys: Tensor | None = None  # [batch, kv_heads, slots, block, channels]
         self.values: Tensor | None = None
 
-    def insert(
-        self, index: tuple[Tensor, Tensor, Tensor], keys: Tensor, values: Tensor, batch: int, heads: int, step: int
-    ) -> None:
+    def insert(self, index: Index, keys: Tensor, values: Tensor, batch: int, heads: int, step: int) -> None:
         """Put blocks `[n, block, channels]` into the slots used longest ago. `index`: batch row, KV head, block."""
         if self.slots == 0 or len(index[0]) == 0:
             return
@@ -205,7 +234,7 @@ class HotSlots:
             self.blocks[row, head, slot], self.used[row, head, slot] = block, step
             self.keys[row, head, slot], self.values[row, head, slot] = keys[i], values[i]
 
-    def lookup(self) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor] | None:
+    def lookup(self) -> tuple[Index, Tensor, Tensor] | None:
         """Index (batch row, KV head, block), keys and values of every filled slot, or None."""
         if self.blocks is None or not bool((self.blocks >= 0).any()):
             return None
@@ -217,12 +246,18 @@ class HotSlots:
             self.values[rows, heads, slots],
         )
 
-    def touch(self, index: tuple[Tensor, Tensor, Tensor], step: int) -> None:
+    def touch(self, index: Index, step: int) -> None:
         """Note that blocks already here would have been promoted again."""
         if self.blocks is None or self.used is None:
             return
         rows, heads, blocks = index
         self.used[rows, heads] = torch.where(self.blocks[rows, heads] == blocks[:, None], step, self.used[rows, heads])
+
+    def clear(self) -> None:
+        """Empty all slots."""
+        if self.blocks is not None and self.used is not None:
+            self.blocks.fill_(-1)
+            self.used.fill_(-1)
 
     def truncate(self, blocks: int) -> None:
         """Empty the slots of blocks from `blocks` on."""

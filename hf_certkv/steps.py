@@ -1,0 +1,167 @@
+"""Steps that happen whole or not at all: a journal of what to put back, one thread at a time, Ctrl-C at a safe moment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.cache_utils import DynamicLayer
+
+from .certificate import Recorder
+from .errors import CacheStateError
+from .interrupts import uninterrupted
+from .layers import CertifiedLayer
+
+JOURNAL = ("_journal", "_step_length", "_irreversible", "_broken", "_thread")  # attributes that a copy does not take over
+
+
+class StepJournal:
+    """The part of a cache that undoes steps which fail. One `update` a layer makes a step."""
+
+    layers: list[Any]
+    recorder: Recorder
+
+    def _begin_journal(self) -> None:
+        self._journal: dict[int, Callable[[], None]] = {}
+        self._step_length: int | None = None
+        self._irreversible = False
+        self._broken: str | None = None
+        self._thread = threading.RLock()
+
+    @property
+    def certified_layers(self) -> list[CertifiedLayer]:
+        """The layers that are quantised."""
+        return [layer for layer in self.layers if isinstance(layer, CertifiedLayer)]
+
+    def _enter(self, layer_idx: int) -> None:
+        """A layer is about to be updated: note what it is now, so that whatever happens from here on can be undone."""
+        layer = self.layers[layer_idx]
+        self._journal[layer_idx] = _checkpoint(layer)
+        if isinstance(layer, CertifiedLayer):
+            self._check_lengths(layer)
+
+    def _check_lengths(self, layer: CertifiedLayer) -> None:
+        """Refuse to go on where an earlier forward pass ended between two layers, outside this cache's sight."""
+        length = layer.sequence_length
+        if self._step_length is None:
+            self._step_length = length
+        elif length != self._step_length:
+            raise CacheStateError(
+                f"Layer {layer.layer_idx} holds {length} tokens, an earlier layer held {self._step_length} before this step: "
+                "an earlier forward pass was interrupted between layers, or another model used the cache. Call `rollback()` to "
+                "go on with the tokens that all layers hold, or `reset()`."
+            )
+
+    @contextmanager
+    def step_guard(self) -> Iterator[None]:
+        """Undo the step under way, in every layer, when what runs inside fails.
+
+        Raises: CacheStateError: another thread is inside.
+        """
+        with self._one_thread():
+            try:
+                yield
+            except BaseException:
+                with uninterrupted():
+                    self._undo_step()
+                raise
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Refuse a second thread while one is inside; nothing has changed then."""
+        if not self._thread.acquire(blocking=False):
+            raise CacheStateError(
+                "Another thread is using this cache at the same time. Give each thread its own cache, or take turns."
+            )
+        try:
+            yield
+        finally:
+            self._thread.release()
+
+    def _undo_step(self) -> None:
+        self.recorder.discard()
+        journal, self._journal = self._journal, {}
+        self._step_length = None
+        for layer_idx, undo in journal.items():
+            try:
+                undo()
+            except RuntimeError as error:  # a device error while a copy is waited for
+                self._broken = f"layer {layer_idx}: {error}"
+        if self._irreversible:
+            self._broken = "its linear-attention states had been overwritten"
+        self._irreversible = False
+
+    def _end_step(self) -> None:
+        """The step under way is over: its records count, and it can no longer be undone."""
+        with uninterrupted():
+            self._journal.clear()
+            self._step_length = None
+            self._irreversible = False
+            self.recorder.commit()
+            self.recorder.step += 1
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Between steps: end the one before; put every layer's attributes back when what runs inside fails."""
+        with self._one_thread():
+            self._end_step()
+            before = [dict(layer.__dict__) for layer in self.layers]
+            try:
+                yield
+            except BaseException:
+                with uninterrupted():
+                    for layer, attributes in zip(self.layers, before, strict=True):
+                        layer.__dict__.clear()
+                        layer.__dict__.update(attributes)
+                raise
+
+    def rollback(self) -> int:
+        """Make all layers hold the same tokens again after a forward pass that ended between two of them (Ctrl-C, an error).
+
+        What only some layers hold is removed, exactly. Where nothing is amiss, nothing happens.
+
+        Returns: the tokens held now: go on from there.
+        Raises: CacheStateError: a layer that this package does not own cannot go back; call `reset()`.
+        """
+        if len(self._lengths()) > 1 and self._journal:
+            with self._one_thread(), uninterrupted():
+                self._undo_step()
+        lengths = self._lengths()
+        if self._broken is None and len(lengths) > 1:
+            shortest = min(lengths)
+            with self._all_or_nothing():
+                carry_out = [layer.prepare_crop(shortest - layer.sequence_length) for layer in self.certified_layers]
+                for layer in self.layers:
+                    if not isinstance(layer, CertifiedLayer) and _length_of(layer) > shortest:
+                        layer.crop(shortest - _length_of(layer))
+                with uninterrupted():
+                    for part in carry_out:
+                        part()
+        if self._broken is not None or len(self._lengths()) > 1:
+            why = self._broken or f"they hold {sorted(self._lengths())} tokens"
+            raise CacheStateError(f"The layers cannot be brought to one length: {why}. Call `reset()`.")
+        return max(self._lengths(), default=0)
+
+    def _lengths(self) -> set[int]:
+        """The numbers of tokens that layers hold; one number between steps."""
+        return {_length_of(layer) for layer in self.layers if isinstance(layer, (CertifiedLayer, DynamicLayer))}
+
+
+def _checkpoint(layer: Any) -> Callable[[], None]:
+    """What brings a layer back to how it is now. transformers' own layers replace their tensors and keep no others."""
+    if isinstance(layer, CertifiedLayer):
+        return layer.checkpoint()
+    before = dict(layer.__dict__)
+
+    def undo() -> None:
+        layer.__dict__.clear()
+        layer.__dict__.update(before)
+
+    return undo
+
+
+def _length_of(layer: Any) -> int:
+    """Tokens that a layer has been given."""
+    return int(layer.get_seq_length())
