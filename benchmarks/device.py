@@ -11,9 +11,10 @@ import typer
 from transformers import DynamicCache
 
 from benchmarks.audit import run
-from benchmarks.common import greedy, machine, make_cache
+from benchmarks.common import greedy, make_cache
 from hf_certkv import CertKVConfig
 from hf_certkv.embedded import load_embedded, make_haystack
+from hf_certkv.environment import describe
 
 PROMPT_TOKENS, NEW_TOKENS, AUDIT_STEPS = 1024, 64, 40
 FORMATS: tuple[dict[str, Any], ...] = ({}, {"refine": "off", "hot_blocks": 8}, {"refine": "device"}, {"value_bits": 8})
@@ -33,7 +34,7 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for device.json")] = Path("."),
 ) -> None:
     """Check the cache on a device; exit status 1 where anything is wrong."""
-    result: dict[str, Any] = {"machine": machine(), "device": device, "bit_identical": {}, "audit": []}
+    result: dict[str, Any] = {"machine": describe(), "device": device, "bit_identical": {}, "audit": []}
     if device == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
     for name in ("prose", "retriever"):

@@ -5,21 +5,38 @@ Heavy imports stay inside the functions, so that `--help` and wrong options answ
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .cli_base import (
+    BlockSize,
+    Device,
+    Dtype,
+    DtypeOption,
+    JsonFile,
+    Model,
+    Policy,
+    RecentWindow,
+    Refine,
+    Rtol,
+    Scope,
+    ValueGroup,
+    check_out,
+    console_for,
+    fail,
+    friendly,
+    load,
+    messages,
+    quiet_libraries,
+    write_json,
+)
+from .cli_verify import verify
 
 app = typer.Typer(
     name="certkv",
@@ -27,118 +44,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
 )
-
-LONGEST_MESSAGE = 400  # characters of someone else's error message that are shown
-FILE_WIDTH = 118  # columns where the output is no terminal: the certificate's table fits
-
-
-Scope = Enum("Scope", {"head": "head", "layer": "layer"}, type=str)
-Refine = Enum("Refine", {"device": "device", "host": "host", "off": "off"}, type=str)
-Policy = Enum("Policy", {"budget": "budget", "paper": "paper", "naive": "naive"}, type=str)
-Device = Enum("Device", {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}, type=str)
-Dtype = Enum("Dtype", {"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}, type=str)
-
-Model = Annotated[str, typer.Option("--model", "-m", help="'retriever', 'prose', a local folder, or a Hub name.")]
-Rtol = Annotated[float, typer.Option(help="Relative tolerance, against the norm of a head's output.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="'auto' is the dtype that the model's config names.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens a block: 16, 32, 64 or 128.")]
-ValueGroup = Annotated[
-    int | None, typer.Option(help="Channels that share a value scale; 0: the whole head. Unset: 32, or the whole head for V8.")
-]
-RecentWindow = Annotated[int, typer.Option(help="Most recent tokens that stay exact on the device.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write everything to this JSON file.")]
-
-
-def _console(stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False)
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
-    return console
-
-
-def _err() -> Console:
-    return _console(stderr=True)
-
-
-def _fail(message: str, code: int = 2) -> NoReturn:
-    """One line on stderr, and out."""
-    console = _err()
-    console.print("[bold red]error:[/] " + escape(" ".join(message.split())), soft_wrap=True)
-    raise typer.Exit(code)
-
-
-@contextmanager
-def _friendly() -> Iterator[None]:
-    """Show the package's own errors as one line, and warnings as notes. A broken certificate ends with 1, misuse with 2."""
-    from .errors import CertificateViolation, CertKVError
-
-    def show(message: Warning | str, *_: Any) -> None:
-        _err().print("[yellow]note:[/] " + escape(" ".join(str(message).split())), soft_wrap=True)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
-        try:
-            yield
-        except CertificateViolation as error:
-            _fail(f"a certificate was broken, which is a bug in this package: {error}", code=1)
-        except CertKVError as error:
-            _fail(str(error))
-        except (MemoryError, RuntimeError) as error:
-            # torch's own class is a RuntimeError on a GPU; anything else of that kind deserves its traceback.
-            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-                raise
-            _fail(f"out of memory: {str(error)[:LONGEST_MESSAGE]}", code=1)
-        except KeyboardInterrupt:
-            _fail("stopped.", code=130)
-
-
-def _quiet() -> None:
-    """Keep progress bars, advice and retries of transformers and the Hub out of the output."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _from_pretrained(loader: Any, name: str, **options: Any) -> Any:
-    """What a transformers loader makes of a name or path; one line where it cannot."""
-    from .embedded import resolve_model
-
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        _fail(f"--model {name!r}: there is no such folder.")
-    try:
-        where = resolve_model(os.path.expanduser(name))
-        with _err().status(f"loading {escape(name)}"):
-            return loader.from_pretrained(where, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        message = " ".join(str(error).split())
-        _fail(f"--model {name!r} cannot be loaded: {message[:LONGEST_MESSAGE]}")
-
-
-def _check_out(path: Path | None) -> None:
-    """Refuse a file that could not be written, before the long work."""
-    if path is not None and not path.expanduser().parent.is_dir():
-        _fail(f"--json {path}: there is no folder {str(path.parent)!r}.")
-
-
-def _write_json(path: Path, data: Any) -> None:
-    """Write a file whole or not at all."""
-    path = path.expanduser()
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-                file.write("\n")
-            Path(name).chmod(0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        _fail(f"{path} cannot be written: {error.strerror or error}.")
 
 
 def _show_version(wanted: bool) -> None:
@@ -166,7 +71,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of the haystack and of the passage.")] = 0,
 ) -> None:
     """Compare the dense, the naive and the certified cache on the two embedded models; two minutes on a laptop."""
-    with _friendly():
+    with friendly():
         from .config import CertKVConfig
         from .demo import run_demo
 
@@ -174,32 +79,32 @@ def demo(
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            _fail(f"--out {out}: {error.strerror or error}.")
-        _quiet()
-        console = _console(stderr=False)
+            fail(f"--out {out}: {error.strerror or error}.")
+        quiet_libraries()
+        console = console_for(stderr=False)
         data = run_demo(out, tokens, rtol, seed, console)
-        _write_json(out / "report.json", data)
+        write_json(out / "report.json", data)
         where = escape(f"The picture is {out / 'demo.png'}, everything measured is in {out / 'report.json'}.")
         console.print(where, soft_wrap=True)
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
-        _fail("--prompt and --prompt-file were both given: expected one of them.")
+        fail("--prompt and --prompt-file were both given: expected one of them.")
     if prompt_file is not None:
         try:
             text, source = prompt_file.read_text(encoding="utf-8"), f"--prompt-file {prompt_file}"
         except (OSError, UnicodeDecodeError) as error:
-            _fail(f"--prompt-file {prompt_file}: {getattr(error, 'strerror', None) or error}.")
+            fail(f"--prompt-file {prompt_file}: {getattr(error, 'strerror', None) or error}.")
     elif prompt is not None:
         text, source = prompt, "--prompt"
     else:
         text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
         if not text:
-            _fail("no prompt: give --prompt, --prompt-file, or pipe a text in.")
+            fail("no prompt: give --prompt, --prompt-file, or pipe a text in.")
         source = "standard input"
     if not text.strip():
-        _fail(f"{source}: the prompt is empty.")
+        fail(f"{source}: the prompt is empty.")
     return text
 
 
@@ -245,15 +150,15 @@ def generate(
 ) -> None:
     """Continue a text with a certified cache: the text on stdout, the certificate on stderr."""
     if temperature is not None and not 0 < temperature < float("inf"):
-        _fail(f"--temperature {temperature}: expected a number above 0.")
-    with _friendly():
+        fail(f"--temperature {temperature}: expected a number above 0.")
+    with friendly():
         from .config import CertKVConfig
 
         settings = CertKVConfig.from_dict(
             {"rtol": rtol, "atol": atol, "scope": scope.value, "value_bits": value_bits, "refine": refine.value,
              "block_size": block_size, "policy": policy.value, "audit": audit, "seed": seed}
         )  # fmt: skip
-        _check_out(json_file)
+        check_out(json_file)
         text = _read_prompt(prompt, prompt_file)
         _generate(model, text, settings, max_new_tokens, dtype, device, sample, temperature, seed, json_file)
 
@@ -276,16 +181,16 @@ def _generate(
     from .cache import CertifiedQuantizedCache
 
     if device is Device.cuda and not torch.cuda.is_available():
-        _fail("--device cuda: torch sees no CUDA device here.")
+        fail("--device cuda: torch sees no CUDA device here.")
     where = "cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu"
-    _quiet()
-    err = _err()
-    tokenizer = _from_pretrained(AutoTokenizer, name)
-    loaded = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype.value).to(where).eval()
+    quiet_libraries()
+    err = messages()
+    tokenizer = load(AutoTokenizer, name)
+    loaded = load(AutoModelForCausalLM, name, dtype=dtype.value).to(where).eval()
     inputs = tokenizer(text, return_tensors="pt").to(where)
     length = inputs["input_ids"].shape[1]
     if length == 0:
-        _fail("the prompt has no tokens.")
+        fail("the prompt has no tokens.")
     longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         warnings.warn(f"{length} + {max_new_tokens} tokens are more than the {longest} the model was made for.", stacklevel=2)
@@ -308,11 +213,14 @@ def _generate(
     else:
         err.print("Nothing was quantised, so every step was exact: so few tokens (or no layer of this model) call for it.")
     if json_file is not None:
-        _write_json(
+        write_json(
             json_file,
             {"model": name, "text": tokenizer.decode(new, skip_special_tokens=True), "token_ids": new,
              "prompt_tokens": length, "report": report.to_dict()},
         )  # fmt: skip
+
+
+app.command()(verify)
 
 
 @app.command()
@@ -328,14 +236,14 @@ def plan(
     json_file: JsonFile = None,
 ) -> None:
     """Say what each format takes on the device and on the host, from the model's config alone."""
-    with _friendly():
+    with friendly():
         from .config import CertKVConfig
 
         settings = CertKVConfig(
             block_size=block_size, value_group=value_group, recent_window=recent_window, hot_blocks=hot_blocks
         )
-        _check_out(json_file)
-        _quiet()
+        check_out(json_file)
+        quiet_libraries()
         _plan(model, context, batch, dtype, settings, json_file)
 
 
@@ -346,7 +254,7 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     from .plan import plan_memory, uncounted_layers
     from .report import human_bytes
 
-    config = _from_pretrained(AutoConfig, name)
+    config = load(AutoConfig, name)
     stated = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if isinstance(stated, str):
         stated = getattr(torch, stated, None)
@@ -371,12 +279,12 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     for label, memory in rows.items():
         share, token = f"{memory.ratio:.1%}", f"{memory.device / context / batch:,.0f}"
         table.add_row(label, human_bytes(memory.device), share, human_bytes(memory.host), token)
-    _console(stderr=False).print(table)
+    console_for(stderr=False).print(table)
     uncounted = uncounted_layers(config)
     if uncounted:
-        _err().print(f"Not counted: {len(uncounted)} layer(s) of other kinds, whose states the config does not size.")
+        messages().print(f"Not counted: {len(uncounted)} layer(s) of other kinds, whose states the config does not size.")
     if json_file is not None:
-        _write_json(
+        write_json(
             json_file,
             {"model": name, "context": context, "batch": batch, "dtype": kind, "settings": settings.to_dict(),
              "dense_bytes": dense, "uncounted_layers": sorted(uncounted),

@@ -16,7 +16,7 @@ class Part:
 
     Attributes: name: short and stable, for JSON; claim: what holds if it passed, in one line; unit: what was counted;
         checked: how many of them; failed: how many did not hold; failures: the first of those, in words; figures: plain JSON
-        types; seconds: how long it took.
+        types; seconds: how long it took; skipped: why nothing could be checked here, or empty.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Part:
     failures: list[str] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    skipped: str = ""
 
     def fail(self, what: str) -> None:
         """Count a failure."""
@@ -34,10 +35,20 @@ class Part:
         if len(self.failures) < MOST_FAILURES:
             self.failures.append(what)
 
+    def headline(self) -> dict[str, str]:
+        """Figures that are single numbers or texts, for a table."""
+        return {name: _short(figure) for name, figure in self.figures.items() if isinstance(figure, (int, float, str))}
+
     @property
     def passed(self) -> bool:
         """Something was checked, and nothing failed."""
         return self.checked > 0 and self.failed == 0
+
+
+def _short(figure: int | float | str) -> str:
+    if isinstance(figure, (bool, str)):
+        return str(figure)
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.6g}"
 
 
 class Clock:
