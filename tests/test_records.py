@@ -392,6 +392,20 @@ def test_a_failed_step_leaves_no_record(record: str, monkeypatch: pytest.MonkeyP
     assert cache.report().to_dict()["overall"]["head_steps"] == 65 * 2 * HEADS
 
 
+def test_exact_calls_count_when_their_step_is_over() -> None:
+    """A call of more tokens than are certified has no record; its head-steps are counted, unless its step fails."""
+    bare = BareCache(certify_queries=4, record="full")
+    bare.update(*random_states(400))
+    recorder = bare.cache.recorder
+    F.scaled_dot_product_attention(torch.randn(1, HEADS, 8, 64), *bare.update(*random_states(8, seed=1)), enable_gqa=True)
+    assert recorder.exact_queries == 0
+    assert bare.cache.report().to_dict()["exact_head_steps"] == recorder.exact_queries == HEADS * 8
+    F.scaled_dot_product_attention(torch.randn(1, HEADS, 6, 64), *bare.update(*random_states(6, seed=2)), enable_gqa=True)
+    recorder.discard()
+    assert bare.cache.report().to_dict()["exact_head_steps"] == HEADS * 8
+    assert recorder.records == [] and recorder.layers == {}
+
+
 def test_reports_are_snapshots() -> None:
     model = shared_model("llama")
     cache = new_cache(model, record="full")
