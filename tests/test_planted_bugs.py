@@ -32,6 +32,7 @@ from hf_certkv.verify.worst_cases import (
     exact_everything,
     offset_values,
     one_value,
+    read_at_the_output,
     shifted_scores,
     two_blocks,
     unlike_heads,
@@ -147,12 +148,34 @@ def half_radius_in_the_cap(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(bounds, "key_error_cap", lambda mass, shift, radius: original(mass, shift, radius / 2))
 
 
+def radius_without_the_residual(patch: pytest.MonkeyPatch) -> None:
+    original = bounds.mean_radius
+    patch.setattr(bounds, "mean_radius", lambda moment, residual, *rest: original(moment, residual * 0, *rest))
+
+
+def crossed_moments(patch: pytest.MonkeyPatch) -> None:
+    """Squared distances from the output without what it is from zero."""
+    original = reference.combine
+
+    def combine(segments: reference.Segments, sink_logit: Tensor | None = None) -> reference.Combined:
+        made = original(segments, sink_logit)
+        size = made.output.double().square().sum(-1, keepdim=True)
+        return replace(made, moment=made.moment - size, square_moment=made.square_moment - size)
+
+    patch.setattr(reference, "combine", combine)
+
+
+def mean_steps(patch: pytest.MonkeyPatch) -> None:
+    """A block's mean step for every token."""
+    patch.setattr(reference, "token_steps", lambda scale: codecs.token_steps(scale).mean(-1, True).expand(scale.shape[:-1]))
+
+
 def radius_without_the_centre(patch: pytest.MonkeyPatch) -> None:
     original = bounds.total
 
     def total(*args: Any) -> bounds.Certificate:
         given = list(args)
-        given[11] = torch.zeros_like(given[11])  # output_norm
+        given[15] = torch.zeros_like(given[15])  # output_norm
         return original(*given)
 
     patch.setattr(bounds, "total", total)
@@ -221,6 +244,10 @@ PLANTS: dict[str, tuple[Plant, Case]] = {
     "D_min is 1": (least_mass_is_one, two_blocks(2.5, (1.0, 0.0), -3.5)),
     "cap with half the radius": (half_radius_in_the_cap, two_blocks(40.0, (1.0, -1.0), 20.0)),
     "radius without the centre": (radius_without_the_centre, shifted_scores(0.1, 0.01)),
+    "radius halved": (scaled_bound("mean_radius", 0.5), shifted_scores(0.1, 0.01, centre=4.0)),
+    "radius without the residual": (radius_without_the_residual, read_at_the_output(1.0, 0.05)),
+    "moments half of them": (crossed_moments, shifted_scores(0.1, 0.01)),
+    "mean instead of each token's step": (mean_steps, one_value()),
     "sink logit ignored": (sink_logit_ignored, with_sink()),
     "mask ignored": (mask_ignored, replace(NORMAL_CASE, mask=mask_of("bool", torch.float32, 1, 1, 90, 1))),
     "heads interleaved": (heads_interleaved, NORMAL_CASE),
