@@ -242,8 +242,8 @@ def tightness_section() -> list[str]:
         "block, and means over its tokens instead (certificate, sections 3 and 4), which take no storage.\n\n"
         f"{tightness_table(before, after)}\n\nKeys dominate what is left, above all beside 8-bit values. Their error is a sum "
         "over tokens of score errors of random sign, in directions that differ; the bound must hold for the worst query. Of "
-        "the ratio, about √n + √d is the spectral norm of n by d residuals against one typical product; the rest is that blocks "
-        "are added up by the triangle inequality. What is served at a tolerance, blocks of 64:\n\n"
+        "the ratio, about √n + √d is the spectral norm of n by d residuals against one typical product; the rest is that "
+        "blocks are added up by the triangle inequality. What is served at a tolerance, blocks of 64:\n\n"
         f"{traffic_table(before, after)}\n\n{provenance(after)}"
     ]
 
