@@ -21,6 +21,7 @@ TANH_ERROR = 2.0**-21  # absolute error of the backend's float32 tanh, whose res
 SCORE_SPAN = 104.0  # below exp(-104) float32 weights are zero
 TINY = 2.0**-126  # smallest normal float32: a product or weight may be flushed below it
 MASS_FLOOR = 1e-300  # no block that may be attended weighs exactly nothing
+STEP_FLOOR = 2.0**-56  # what weights and products that underflow may hide of a block's mean step
 
 OUTPUT_ROUNDOFF = {torch.float32: (0.0, 0.0), torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, TINY)}
 
@@ -64,18 +65,33 @@ def least_mass(mass: Tensor, exact_mass: Tensor, shift: Tensor, slack: Tensor) -
     return (exact_mass + (mass * torch.exp(-shift)).sum(dim=-1)) / (slack * OUTWARD)
 
 
-def value_error(mass: Tensor, root_square_mass: Tensor, eta: Tensor, spectral: Tensor) -> Tensor:
-    """E_val per block: min(rho_b * eta_b, pi_b * S_V,b)   [section 4]. `mass` and `root_square_mass` already inflated."""
-    return torch.minimum(mass * eta, root_square_mass * spectral) * OUTWARD
+def value_error(mass_step: Tensor, root_square_step: Tensor, eta: Tensor, spectral: Tensor) -> Tensor:
+    """E_val per block: min(eta_b * sum p sigma, S_V,b * (sum p^2 sigma^2)^(1/2))   [section 4]. Both sums already inflated."""
+    return torch.minimum(mass_step * eta, root_square_step * spectral) * OUTWARD
 
 
-def key_error(mass: Tensor, root_square_mass: Tensor, shift: Tensor, shift_l2: Tensor, radius: Tensor) -> Tensor:
-    """E_key per block, before the division by D_min: R_b * min(rho_b (e^D - 1), pi_b Lambda_b (e^D - 1)/D)   [section 3].
+def mean_radius(moment: Tensor, residual: Tensor, apart: Tensor, reach: Tensor, terms: int) -> Tensor:
+    """What stands for every ||v_t - O_bar|| of a block in a mean over its tokens: R_b or R'_b   [section 3].
 
-    Args: mass, root_square_mass: inflated rho_b and pi_b; radius: R_b >= max_t ||v_t - O_bar||_2.
+    Args:
+        moment: `[..., rows, blocks]`, the mean of ||v_hat_t - o||^2 as computed, by weight or by squared weight.
+        residual: eta_b times the mean step by the same weights; apart: `[..., rows, 1]`, at least ||o - O_bar||.
+        reach: at least every ||v_t - O_bar||, and ||v_hat_t|| + ||o||; terms: tokens of a block and channels together.
+    """
+    # The three sums of the moment cancel; each is off by no more than gamma of (||v_hat|| + ||o||)^2.
+    off = 1.01 * gamma(terms + 8) * reach.square() + 8 * TINY * terms * terms * (1 + reach)
+    read = 2 * UNIT_ROUNDOFF * reach + TINY * terms  # the kernel's values are rounded to float32
+    mean = (torch.sqrt(moment.clamp_min(0.0) + off) + read + residual + apart) * OUTWARD
+    return torch.where(mean < reach, mean, reach)  # also where the mean overflowed
+
+
+def key_error(mass: Tensor, root_square_mass: Tensor, shift: Tensor, shift_l2: Tensor) -> Tensor:
+    """E_key per block, before the division by D_min: min(R_b rho_b (e^D - 1), R'_b pi_b Lambda_b (e^D - 1)/D)   [section 3].
+
+    Args: mass, root_square_mass: inflated rho_b and pi_b, times the radius of each: what `mean_radius` gives.
     """
     rise, slope = growth(shift)
-    return radius * torch.minimum(mass * rise, root_square_mass * shift_l2 * slope) * OUTWARD
+    return torch.minimum(mass * rise, root_square_mass * shift_l2 * slope) * OUTWARD
 
 
 def key_error_cap(mass: Tensor, shift: Tensor, value_radius: Tensor) -> Tensor:
@@ -104,10 +120,13 @@ def score_rounding(
     size = abs(scaling) * query_norm * key_norm
     # Four roundings beyond the products and sums: scaling the query, dequantising, and two to spare.
     error = gamma(channels + 4) * size
-    # Each product, and each channel of the scaled query, may lose up to 2^-126 to underflow; the latter times the key.
-    error = error + TINY * (channels + channels**0.5 * (key_norm + abs(scaling) * query_norm))
+    # Underflow may lose up to 2^-126 of each product; of the scale itself, times query and key; of a channel of the query
+    # before and after it is scaled, times the key; of a channel of the key, times the scaled query.
+    scale = query_norm * key_norm if abs(scaling) < TINY else 0.0
+    lost = channels + scale + channels**0.5 * ((1 + abs(scaling)) * key_norm + abs(scaling) * query_norm)
+    error = error + TINY * lost
     if softcap is not None:
-        error = error + softcap * TANH_ERROR + gamma(4) * size
+        error = error + abs(softcap) * TANH_ERROR + gamma(4) * size
     return (error + 2 * UNIT_ROUNDOFF * (size + bias) * 1.01) * OUTWARD
 
 
@@ -175,6 +194,10 @@ def total(
     approximate_keys: Tensor,
     eta: Tensor,
     value_spectral: Tensor,
+    step: Tensor,
+    root_square_step: Tensor,
+    moment: Tensor,
+    square_moment: Tensor,
     block_radius: Tensor,
     value_radius: Tensor,
     output_norm: Tensor,
@@ -182,6 +205,7 @@ def total(
     rounding: Tensor,
     output_error: Tensor,
     chain: int,
+    terms: int,
 ) -> Certificate:
     """B = E_key + E_val + E_fp + E_out   [sections 3 to 5].
 
@@ -191,9 +215,10 @@ def total(
         exact_mass: `[..., rows]`, the weight of every token outside the blocks.
         shift, shift_l2: Delta_b and Lambda_b at each block's level; approximate_keys: bool, False where keys are originals.
         eta, value_spectral: `[..., 1, blocks]` at each block's level, 0 where values are originals.
+        step, root_square_step, moment, square_moment: `[..., rows, blocks]`, a block's means as the kernel gives them.
         block_radius: nu_b `[..., 1, blocks]`; value_radius: max nu over everything attended `[..., rows]`.
         output_norm: ||O||_2 of the returned output; slack: lambda; rounding: E_fp; output_error: E_out.
-        chain: the longest chain of additions, for the weights' own rounding.
+        chain: the longest chain of additions, for the weights' own rounding; terms: as in `mean_radius`.
     """
     inflate = mass_slack(slack, chain)
     up = inflate.unsqueeze(-1)
@@ -201,7 +226,9 @@ def total(
     floor = torch.full_like(mass, MASS_FLOOR)
     mass_up = torch.maximum(mass * up, floor)
     root_up = torch.maximum(root_square_mass * up, floor)
-    values = torch.where(attended, value_error(mass_up, root_up, eta, value_spectral), torch.zeros_like(mass))
+    step, root_square_step = step + STEP_FLOOR, root_square_step + STEP_FLOOR
+    parts = value_error(mass_up * step, root_up * root_square_step, eta, value_spectral)
+    values = torch.where(attended, parts, torch.zeros_like(mass))
     value_total = values.sum(dim=-1) * OUTWARD
 
     # ||O_bar|| is within E_val + E_fp + E_out of ||O||: all three, not only the first, enter the radius.
@@ -210,7 +237,10 @@ def total(
     active = approximate_keys & attended
     zeros = torch.zeros_like(mass)
     shift = torch.where(active, shift.clamp_min(0.0), zeros)
-    parts = torch.where(active, key_error(mass_up, root_up, shift, shift_l2, block_radius + centre), zeros)
+    reach, apart = block_radius + centre, (value_total + rounding).unsqueeze(-1)
+    near = mean_radius(moment, eta * step, apart, reach, terms)
+    square_near = mean_radius(square_moment, eta * root_square_step, apart, reach, terms)
+    parts = torch.where(active, key_error(mass_up * near, root_up * square_near, shift, shift_l2), zeros)
     exact = exact_mass + torch.where(active, zeros, mass).sum(dim=-1)
     held = least_mass(torch.where(active, mass, zeros), exact, shift, inflate)
     keys = parts / held.unsqueeze(-1) * OUTWARD

@@ -32,7 +32,8 @@ TINY = 2.0**-126
 # Columns of the block numbers. Keys and values have three per level, then one for the block.
 PER_LEVEL = 3
 KAPPA, EPSILON, KEY_SPECTRAL = 0, 1, 2  # max |e/S|, max ||e_t/S||_2, spectral norm of the rows e_t/S
-ETA, VALUE_SPECTRAL, VALUE_RMS = 0, 1, 2  # max ||f_t||_2, spectral norm of the rows f_t, root mean square of ||f_t||_2
+# With g_t = f_t over the token's step: max ||g_t||_2, spectral norm of the rows g_t, root mean square of ||g_t||_2.
+ETA, VALUE_SPECTRAL, VALUE_RMS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ def round_up(x: Tensor) -> Tensor:
     return torch.where(x == 0, x, x * SLACK + TINY).float()
 
 
+def token_steps(scale: Tensor) -> Tensor:
+    """sigma_t, one step for all of a token's value groups: the L2 norm of their steps, rounded up: float32 `[..., block]`.
+
+    Args: scale: float16 `[..., block, groups]`.
+    """
+    return torch.linalg.vector_norm(scale.float(), dim=-1) * (1 + (scale.shape[-1] + 8) * 2.0**-23)
+
+
 def _row_norms(x: Tensor) -> Tensor:
     """L2 norms over the last axis, computed in float64 and rounded up to float32: `[..., n]`."""
     return round_up(torch.linalg.vector_norm(x.double(), dim=-1))
@@ -214,7 +223,10 @@ class ValueCodec:
             use_low = self.bits == 8 or level == 1
             decoded = _decode_exact(high_codes, low_codes if use_low else None, scale, offset)
             decoded = decoded.flatten(-2)[..., :channels]
-            numbers += list(_measure(decoded - x))
+            error, step = decoded - x, torch.linalg.vector_norm(scale.squeeze(-1).double(), dim=-1, keepdim=True)
+            # As for keys: a token whose every step is 0 must be exact.
+            relative = torch.where(step > 0, error / step, torch.where(error == 0, error, error + float("inf")))
+            numbers += list(_measure(relative))
             radius = torch.maximum(radius, _row_norms(decoded).amax(dim=-1))
         high_codes, low_codes = (c.flatten(-2)[..., :channels] for c in (high_codes, low_codes))
         if self.bits == 8:

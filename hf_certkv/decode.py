@@ -14,7 +14,7 @@ from torch import Tensor
 from . import bounds, ladder
 from .attention import AttentionCall, is_packed
 from .audit import audit_step
-from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
+from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL, token_steps
 from .dense import dense_bound, dense_layer, dense_unit
 from .errors import FaultyMemoryError
 from .handle import KEYS, VALUES
@@ -82,6 +82,7 @@ class DecodeStep:
         key_norm = _largest(self.key_numbers[..., -1], self.exact_keys).unsqueeze(-1)
         self.value_radius = _largest(self.value_numbers[..., -1], self.exact_values).unsqueeze(-1)
         self._prepare_mask(key_norm)
+        self.key_norm = key_norm
         score_error = bounds.score_rounding(
             call.scaling, self.query_norm, key_norm, layer.widths[0], self.bias_size, call.softcap
         )
@@ -134,9 +135,7 @@ class DecodeStep:
         if hot is not None:
             index, keys, values = hot
             self.key_level[index], self.value_level[index], self.hot_level[index] = 2, 2, 2
-            kernel.redo_blocks(
-                self.segments, index, self.scaled, keys.float(), values.float(), self.block_bias, self.call.softcap
-            )
+            self._redo(index, keys.float(), values.float())
         self.certify()
         self.candidate = self.bound
 
@@ -165,8 +164,8 @@ class DecodeStep:
         if self.shift1 is not None:
             shift = torch.where(level == 1, self.shift1[0], shift)
             shift_l2 = torch.where(level == 1, self.shift1[1], shift_l2)
-        self.mass = combined.mass[..., :-1]
-        root = combined.root_square_mass[..., :-1]
+        self.mass, self.step = combined.mass[..., :-1], combined.step[..., :-1]
+        root, root_step = combined.root_square_mass[..., :-1], combined.root_square_step[..., :-1]
         self.certificate = bounds.total(
             combined.attended[..., :-1],
             self.mass,
@@ -177,6 +176,10 @@ class DecodeStep:
             level < 2,
             self._value_number(ETA),
             self._value_number(VALUE_SPECTRAL),
+            self.step,
+            root_step,
+            combined.moment[..., :-1],
+            combined.square_moment[..., :-1],
             self.value_numbers[..., -1].unsqueeze(2),
             self.value_radius,
             norm,
@@ -184,10 +187,11 @@ class DecodeStep:
             self.rounding,
             bounds.output_rounding(norm, self.shape[3], self.output.dtype),
             self.chain,
+            self.layer.block + self.shape[3],
         )
         self.shift = torch.where(level < 2, shift, torch.zeros_like(shift))
         self.norm, self.bound = norm, self.certificate.total
-        self.expected = (root * self._value_number(VALUE_RMS)).square().sum(dim=-1).sqrt()
+        self.expected = (root * root_step * self._value_number(VALUE_RMS)).square().sum(dim=-1).sqrt()
 
     def targets(self) -> tuple[Tensor, Tensor]:
         """Which rows meet the promise, and the bound that each may have: `[B, H, R]` both."""
@@ -302,10 +306,14 @@ class DecodeStep:
         require_intact(self.layer, index)
         keys = self._load(KEYS, index, key_level, self.key_level)
         values = self._load(VALUES, index, value_level, self.value_level)
-        kernel.redo_blocks(self.segments, index, self.scaled, keys, values, self.block_bias, self.call.softcap)
+        self._redo(index, keys, values)
         self.key_level, self.value_level = key_level, value_level
         self.certify()
         return True
+
+    def _redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
+        steps = token_steps(self.value_codes.scale[index])
+        kernel.redo_blocks(self.segments, index, self.scaled, keys, values, steps, self.block_bias, self.call.softcap)
 
     def _load(self, kind: int, index: Index, level: Tensor, before: Tensor) -> Tensor:
         """Blocks at their new levels: float32 `[n, block, channels]`."""

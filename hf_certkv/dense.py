@@ -11,6 +11,8 @@ from . import bounds
 from .handle import KEYS, VALUES, Handle
 from .precision import ambient_is_full
 
+OVERFLOW = 2.0**126  # no partial sum of products below this overflows float32
+
 if TYPE_CHECKING:
     from .decode import DecodeStep
 
@@ -66,7 +68,11 @@ def dense_bound(step: DecodeStep, norm: Tensor) -> Tensor:
     if not ambient_is_full(step.layer.device.type, dtype):
         return torch.full_like(norm, torch.inf)
     rescalings = 2 + tokens // 32
-    slack = bounds.weight_slack(3 * step.slack, rescalings)
+    # Backends scale the query before the product or the score after it: an unscaled product must neither overflow, nor lose
+    # to underflow what a large scale makes much of.
+    product = step.query_norm * step.key_norm
+    lost = abs(step.call.scaling) * bounds.TINY * step.layer.widths[0]
+    slack = bounds.weight_slack(3 * step.slack + lost, rescalings)
     rounding = bounds.rounding_error(
         slack,
         step.value_radius,
@@ -76,4 +82,5 @@ def dense_bound(step: DecodeStep, norm: Tensor) -> Tensor:
         step.shape[3],
         weight_cast=bounds.OUTPUT_ROUNDOFF[dtype][0],
     )
-    return rounding + bounds.output_rounding(norm, step.shape[3], dtype)
+    bound = rounding + bounds.output_rounding(norm, step.shape[3], dtype)
+    return torch.where(product < OVERFLOW, bound, torch.full_like(bound, torch.inf))

@@ -14,6 +14,8 @@ def uninterrupted() -> Iterator[None]:
     """What runs inside is finished before Ctrl-C is answered. Keep it short: bookkeeping, no computation.
 
     Python answers signals in the main thread only; elsewhere, or where the handler is not Python's to move, nothing changes.
+    Once inside, nothing gets lost and nothing is left out; before, Ctrl-C may still come, and what was to run inside does not.
+    What must run nevertheless is run twice: `try: try: ... finally: tidy() finally: tidy()`, with a `tidy` that can be.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
@@ -25,5 +27,5 @@ def uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if received and callable(before):
-            before(*received[-1])
+        if received:  # whatever the process does about Ctrl-C: an exception, its end, nothing
+            signal.raise_signal(signal.SIGINT)

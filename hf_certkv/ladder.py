@@ -48,16 +48,20 @@ def water_level(bound: Tensor, budget: Tensor) -> Tensor:
 
     Args: bound: `[groups, heads]`; budget: `[groups]`. Returns `[groups]`; infinite where the bounds fit as they are.
     """
-    ordered = bound.nan_to_num(nan=LARGE**0.5, posinf=LARGE**0.5).clamp(max=LARGE**0.5).sort(dim=-1).values
+    # In units of the budget, so that squares do not overflow.
+    unit = torch.where(torch.isfinite(budget) & (budget > 0), budget, torch.ones_like(budget))
+    shares = bound / unit[:, None]
+    ordered = shares.nan_to_num(nan=LARGE**0.5, posinf=LARGE**0.5).clamp(max=LARGE**0.5).sort(dim=-1).values
     squares = ordered.square().cumsum(dim=-1)
     count = ordered.shape[-1]
     before = torch.cat([torch.zeros_like(squares[:, :1]), squares[:, :-1]], dim=-1)
     rest = torch.arange(count, 0, -1, device=bound.device, dtype=bound.dtype)
-    level = ((budget[:, None].square() - before).clamp_min(0) / rest).sqrt()
+    level = (((budget / unit)[:, None].square() - before).clamp_min(0) / rest).sqrt()
     # The right level is the first that the next-larger head exceeds; below it, heads keep their own bound.
     exceeds = ordered > level
     first = exceeds.to(torch.int8).argmax(dim=-1, keepdim=True)
-    return torch.where(exceeds.any(dim=-1), level.gather(-1, first).squeeze(-1), torch.full_like(budget, torch.inf))
+    found = level.gather(-1, first).squeeze(-1) * unit
+    return torch.where(exceeds.any(dim=-1), found, torch.full_like(budget, torch.inf))
 
 
 def choose(

@@ -29,7 +29,7 @@ def paper_promotions(step: DecodeStep) -> None:
         generator = torch.Generator().manual_seed(config.seed + step.layer.cache.recorder.step)
         extra = torch.randperm(step.blocks, generator=generator)[:explore].to(selected.device)
         selected[..., extra] = True
-    share = before * step._value_number(ETA)
+    share = before * step.step * step._value_number(ETA)
     heavy = (share > config.paper_v_tol * step.norm.unsqueeze(-1)).any(dim=2)
     two = torch.full_like(step.key_level, 2)
     values = torch.where(heavy, two, step.value_level)

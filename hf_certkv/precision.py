@@ -16,8 +16,9 @@ import torch
 from .interrupts import uninterrupted
 
 FULL = ("none", "ieee")
-_lock = threading.Lock()
-_inside = 0  # guards open, in all threads: the settings belong to the process
+_lock = threading.RLock()  # a guard that Ctrl-C left open may be collected, and left, while its own thread holds the lock
+_inside: list[_Guard] = []  # guards open, in all threads: the settings belong to the process
+_here = threading.local()
 _put_back: Callable[[], None] | None = None  # by the last one out; None where the settings were full to begin with
 
 
@@ -47,28 +48,74 @@ def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or float32_is_full()
 
 
+class _Guard:
+    """One use of `full_precision`. Entering and leaving are not interrupted; leaving again does nothing."""
+
+    def __init__(self, device_type: str) -> None:
+        self.autocast = torch.autocast(device_type, enabled=False)
+        self.entered = False
+
+    def enter(self) -> None:
+        global _put_back
+        with uninterrupted():
+            self.autocast.__enter__()
+            with _lock:
+                _inside.append(self)
+                if _put_back is None and not _settings_are_full():
+                    _put_back = _set_full()
+            _opened().append(self)
+            self.entered = True
+
+    def leave(self) -> None:
+        global _put_back
+        if not self.entered:
+            return
+        with uninterrupted():
+            self.entered = False
+            _opened().remove(self)
+            with _lock:
+                _inside.remove(self)
+                if not _inside:
+                    put_back, _put_back = _put_back, None
+                    if put_back is not None:
+                        put_back()
+            self.autocast.__exit__(None, None, None)
+
+
+def _opened() -> list[_Guard]:
+    """The guards that this thread has open, the innermost last."""
+    if not hasattr(_here, "opened"):
+        _here.opened = []
+    opened: list[_Guard] = _here.opened
+    return opened
+
+
+def guards_open() -> int:
+    """How many guards this thread has open."""
+    return len(_opened())
+
+
+def leave_all_but(count: int) -> None:
+    """Leave the guards that this thread has opened beyond `count`: Ctrl-C may have kept them from being left."""
+    while len(_opened()) > count:
+        _opened()[-1].leave()
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """Everything inside is computed in the precision of its tensors; the settings are put back behind it.
 
     Several threads may be inside, each with its own cache: the first sets, the last puts back.
     """
-    global _inside, _put_back
-    with torch.autocast(device_type, enabled=False):
-        entered = False
+    guard = _Guard(device_type)
+    try:
         try:
-            with uninterrupted(), _lock:
-                if _inside == 0 and not _settings_are_full():
-                    _put_back = _set_full()
-                _inside += 1
-                entered = True
+            guard.enter()
             yield
         finally:
-            with uninterrupted(), _lock:
-                _inside -= int(entered)
-                if _inside == 0 and _put_back is not None:
-                    put_back, _put_back = _put_back, None
-                    put_back()
+            guard.leave()
+    finally:
+        guard.leave()  # again: Ctrl-C may have kept the first from beginning
 
 
 def _set_full() -> Callable[[], None]:

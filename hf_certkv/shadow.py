@@ -7,6 +7,7 @@ to a power of two, so slabs have that size to begin with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -213,6 +214,15 @@ class ShadowPages:
         self._settle()
         self.blocks = min(self.blocks, blocks)
         del self.slabs[-(-self.blocks // self.rows_per_slab) :]
+
+    def checkpoint(self) -> Callable[[], None]:
+        """What brings back the pages that there are now, as long as none is added meanwhile."""
+        blocks, slabs = self.blocks, list(self.slabs)
+
+        def undo() -> None:
+            self.blocks, self.slabs = blocks, slabs
+
+        return undo
 
     def selected(self, index: Tensor) -> ShadowPages:
         """Pages of the batch rows in `index` (int64 `[n]`), as a new store; checksums are carried, not renewed."""

@@ -13,8 +13,10 @@ from .certificate import Recorder
 from .errors import CacheStateError
 from .interrupts import uninterrupted
 from .layers import CertifiedLayer
+from .precision import guards_open, leave_all_but
 
-JOURNAL = ("_journal", "_step_length", "_irreversible", "_broken", "_thread")  # attributes that a copy does not take over
+# Attributes that a copy does not take over.
+JOURNAL = ("_journal", "_step_length", "_step_thread", "_irreversible", "_broken", "_turn")
 
 
 class StepJournal:
@@ -26,9 +28,10 @@ class StepJournal:
     def _begin_journal(self) -> None:
         self._journal: dict[int, Callable[[], None]] = {}
         self._step_length: int | None = None
+        self._step_thread: threading.Thread | None = None
         self._irreversible = False
         self._broken: str | None = None
-        self._thread = threading.RLock()
+        self._turn = _Turn()
 
     @property
     def certified_layers(self) -> list[CertifiedLayer]:
@@ -38,9 +41,20 @@ class StepJournal:
     def _enter(self, layer_idx: int) -> None:
         """A layer is about to be updated: note what it is now, so that whatever happens from here on can be undone."""
         layer = self.layers[layer_idx]
+        if not self._journal:
+            self._begin_step(layer_idx)
         self._journal[layer_idx] = _checkpoint(layer)
         if isinstance(layer, CertifiedLayer):
             self._check_lengths(layer)
+
+    def _begin_step(self, layer_idx: int) -> None:
+        """Refuse what was the middle of a step until that step was undone, by another thread or after an error."""
+        if any(i < layer_idx and length for i, length in self._held().items()):
+            raise CacheStateError(
+                f"A step begins with the first layer, and this one with layer {layer_idx}: the step under way was undone, or "
+                "another thread uses this cache. Call `rollback()` and begin the forward pass again."
+            )
+        self._step_thread = threading.current_thread()
 
     def _check_lengths(self, layer: CertifiedLayer) -> None:
         """Refuse to go on where an earlier forward pass ended between two layers, outside this cache's sight."""
@@ -63,6 +77,8 @@ class StepJournal:
         with self._one_thread():
             try:
                 yield
+            except GeneratorExit:  # Ctrl-C came behind what ran inside; by now, when this is forgotten, others may be under way
+                raise
             except BaseException:
                 with uninterrupted():
                     self._undo_step()
@@ -71,14 +87,15 @@ class StepJournal:
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
         """Refuse a second thread while one is inside; nothing has changed then."""
-        if not self._thread.acquire(blocking=False):
-            raise CacheStateError(
-                "Another thread is using this cache at the same time. Give each thread its own cache, or take turns."
-            )
+        mine, guards = object(), guards_open()
         try:
-            yield
+            try:
+                self._turn.take(mine)
+                yield
+            finally:
+                self._turn.give_back(mine, guards)
         finally:
-            self._thread.release()
+            self._turn.give_back(mine, guards)  # again: Ctrl-C may have kept the first from beginning
 
     def _undo_step(self) -> None:
         self.recorder.discard()
@@ -87,15 +104,27 @@ class StepJournal:
         for layer_idx, undo in journal.items():
             try:
                 undo()
-            except RuntimeError as error:  # a device error while a copy is waited for
+            except Exception as error:  # a device error while a copy is waited for
                 self._broken = f"layer {layer_idx}: {error}"
         if self._irreversible:
             self._broken = "its linear-attention states had been overwritten"
         self._irreversible = False
 
     def _end_step(self) -> None:
-        """The step under way is over: its records count, and it can no longer be undone."""
+        """The step under way is over: its records count, unless it never came to its end; it can no longer be undone.
+
+        Raises: CacheStateError: it is another thread's, and that one has not come through all layers.
+        """
+        held = self._held()
+        theirs = self._step_thread not in (None, threading.current_thread()) and self._step_thread.is_alive()
+        if theirs and self._journal and any(held[i] and i not in self._journal for i in held):
+            raise CacheStateError(
+                "Another thread is in the middle of a step on this cache. Give each thread its own cache, or take turns; if "
+                "that thread has given up, call `rollback()`."
+            )
         with uninterrupted():
+            if len({length for length in held.values() if length}) > 1:
+                self.recorder.discard()
             self._journal.clear()
             self._step_length = None
             self._irreversible = False
@@ -107,14 +136,15 @@ class StepJournal:
         """Between steps: end the one before; put every layer's attributes back when what runs inside fails."""
         with self._one_thread():
             self._end_step()
-            before = [dict(layer.__dict__) for layer in self.layers]
+            before = [_everything(layer) for layer in self.layers]
             try:
                 yield
+            except GeneratorExit:  # as in `step_guard`
+                raise
             except BaseException:
                 with uninterrupted():
-                    for layer, attributes in zip(self.layers, before, strict=True):
-                        layer.__dict__.clear()
-                        layer.__dict__.update(attributes)
+                    for undo in before:
+                        undo()
                 raise
 
     def rollback(self) -> int:
@@ -132,6 +162,9 @@ class StepJournal:
         if self._broken is None and len(lengths) > 1:
             shortest = min(lengths)
             with self._all_or_nothing():
+                if shortest == 0:  # as new, so that another batch may come
+                    for layer in self.certified_layers:
+                        layer.reset()
                 carry_out = [layer.prepare_crop(shortest - layer.sequence_length) for layer in self.certified_layers]
                 for layer in self.layers:
                     if not isinstance(layer, CertifiedLayer) and _length_of(layer) > shortest:
@@ -146,7 +179,65 @@ class StepJournal:
 
     def _lengths(self) -> set[int]:
         """The numbers of tokens that layers hold; one number between steps."""
-        return {_length_of(layer) for layer in self.layers if isinstance(layer, (CertifiedLayer, DynamicLayer))}
+        return set(self._held().values())
+
+    def _held(self) -> dict[int, int]:
+        """The numbers of tokens that layers hold, by index."""
+        layers = enumerate(self.layers)
+        return {i: _length_of(layer) for i, layer in layers if isinstance(layer, (CertifiedLayer, DynamicLayer))}
+
+
+class _Turn:
+    """Whose turn it is: one thread's at a time, which may come in more than once. Asking never waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a guard that Ctrl-C left open may be collected while its own thread holds the lock
+        self._inside: list[object] = []
+        self._thread: int | None = None
+
+    def take(self, token: object) -> None:
+        """Come in. Raises: CacheStateError: another thread is inside."""
+        with uninterrupted(), self._lock:
+            if self._inside and self._thread != threading.get_ident():
+                raise CacheStateError(
+                    "Another thread is using this cache at the same time. Give each thread its own cache, or take turns."
+                )
+            self._thread = threading.get_ident()
+            self._inside.append(token)
+
+    def give_back(self, token: object, guards: int) -> None:
+        """Go out, if inside. Args: guards: of `full_precision`, how many were open before."""
+        if token not in self._inside:
+            return
+        if self._thread == threading.get_ident():
+            leave_all_but(guards)
+        with uninterrupted(), self._lock:
+            if token in self._inside:
+                self._inside.remove(token)
+
+
+def _everything(layer: Any) -> Callable[[], None]:
+    """What brings a layer back to how it is now, after anything that is done between steps."""
+    attributes = dict(layer.__dict__)
+    parts: list[Callable[[], None]] = []
+    if isinstance(layer, CertifiedLayer) and layer.shadow is not None:
+        store, blocks, tail = layer.store, layer.store.blocks, layer.tail
+        lengths = [buffer.length for buffer in tail]
+
+        def lengthen() -> None:
+            store.truncate(blocks)
+            for buffer, length in zip(tail, lengths, strict=True):
+                buffer.length = length
+
+        parts = [layer.shadow.checkpoint(), lengthen]
+
+    def undo() -> None:
+        layer.__dict__.clear()
+        layer.__dict__.update(attributes)
+        for part in parts:
+            part()
+
+    return undo
 
 
 def _checkpoint(layer: Any) -> Callable[[], None]:

@@ -224,15 +224,19 @@ class HotSlots:
             return
         if self.blocks is None:
             with torch.inference_mode(False):
-                self.blocks = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
-                self.used = torch.full_like(self.blocks, -1)
+                empty = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
+                self.used = torch.full_like(empty, -1)
                 self.keys = keys.new_zeros(batch, heads, self.slots, *keys.shape[1:])
                 self.values = values.new_zeros(batch, heads, self.slots, *values.shape[1:])
+                self.blocks = empty  # last: without it there are no slots
         assert self.used is not None and self.keys is not None and self.values is not None
         for i, (row, head, block) in enumerate(zip(*(part.tolist() for part in index), strict=True)):
             slot = int(self.used[row, head].argmin())
-            self.blocks[row, head, slot], self.used[row, head, slot] = block, step
+            # Whatever fails here, a slot never names a block that it does not hold.
+            self.blocks[row, head, slot] = -1
             self.keys[row, head, slot], self.values[row, head, slot] = keys[i], values[i]
+            self.used[row, head, slot] = step
+            self.blocks[row, head, slot] = block
 
     def lookup(self) -> tuple[Index, Tensor, Tensor] | None:
         """Index (batch row, KV head, block), keys and values of every filled slot, or None."""
@@ -260,10 +264,14 @@ class HotSlots:
             self.used.fill_(-1)
 
     def truncate(self, blocks: int) -> None:
-        """Empty the slots of blocks from `blocks` on."""
-        if self.blocks is not None and self.used is not None:
+        """Empty the slots of blocks from `blocks` on. Cannot fail: without memory for that, all slots are given up."""
+        if self.blocks is None or self.used is None:
+            return
+        try:
             gone = self.blocks >= blocks
             self.blocks[gone], self.used[gone] = -1, -1
+        except (RuntimeError, MemoryError):
+            self.blocks = self.used = self.keys = self.values = None
 
     def selected(self, index: Tensor) -> HotSlots:
         """A copy with the batch rows in `index`."""

@@ -25,6 +25,7 @@ from hf_certkv.verify.worst_cases import (
     long_dot,
     negative_scale,
     one_value,
+    read_at_the_output,
     shifted_scores,
     sums_overflow,
     two_blocks,
@@ -66,18 +67,19 @@ def first_order(growth: tuple[Tensor, Tensor], shift: Tensor) -> tuple[Tensor, T
 
 def small_centre(patch: Patch) -> None:
     """The value error left out of the radius around the output: what is subtracted from the radius is what it adds."""
-    value_error, key_error = bounds.value_error, bounds.key_error
+    value_error, mean_radius = bounds.value_error, bounds.mean_radius
     last: list[Tensor] = []
 
     def remember(*given: Any) -> Tensor:
         last.append(value_error(*given))
         return last[-1]
 
-    def nearer(*given: Any) -> Tensor:
-        return key_error(*given[:4], given[4] - last[-1].sum(dim=-1, keepdim=True))
+    def nearer(moment: Tensor, residual: Tensor, apart: Tensor, reach: Tensor, terms: int) -> Tensor:
+        value = last[-1].sum(dim=-1, keepdim=True)
+        return mean_radius(moment, residual, apart - value, reach - value, terms)
 
     patch.setattr(bounds, "value_error", remember)
-    patch.setattr(bounds, "key_error", nearer)
+    patch.setattr(bounds, "mean_radius", nearer)
 
 
 def blocks_only(stored: Tensor, exact: Tensor) -> Tensor:
@@ -208,7 +210,7 @@ BOUND = [
     plant(
         "radius without the centre",
         "the norm of the output left out of the radius around it",
-        in_total(11, lambda given: torch.zeros_like(given[11])),
+        in_total(15, lambda given: torch.zeros_like(given[15])),
         by_oracle(shifted_scores, 0.1, 0.01),
     ),
     plant(
@@ -216,6 +218,18 @@ BOUND = [
         "the centre taken for the output, although values as read move it",
         small_centre,
         by_proof(far_centre),
+    ),
+    plant(
+        "radius halved",
+        "half the mean distance from the output",
+        scaled("mean_radius", 0.5),
+        by_oracle(shifted_scores, 0.1, 0.01, centre=4.0),
+    ),
+    plant(
+        "radius without the residual",
+        "values as read taken for the originals in the radius",
+        arguments(bounds, "mean_radius", lambda moment, residual, *rest: (moment, residual * 0, *rest)),
+        by_oracle(read_at_the_output, 1.0, 0.05),
     ),
     plant(
         "cap with half the radius",

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Patch, Plant, arguments, by_oracle, by_proof, instead, results
+from plants_base import Apply, Patch, Plant, by_oracle, by_proof, instead, results
 from torch import Tensor
 
 from hf_certkv import codecs
 from hf_certkv.codecs import EncodedBlocks, KeyCodec, ValueCodec
 from hf_certkv.store import BlockStore
 from hf_certkv.verify.worst_cases import (
-    beyond_half,
+    beyond_grid,
     clamped_keys,
     equal_values,
     offset_values,
@@ -161,12 +161,6 @@ CODEC = [
         by_oracle(equal_values),
     ),
     plant(
-        "residuals in float16",
-        "residuals rounded to 16 bits before they are measured: small ones are 0",
-        arguments(codecs, "_measure", lambda residual: (residual.half().double(),)),
-        by_oracle(equal_values, size=1e-7),
-    ),
-    plant(
         "numbers rounded to nearest",
         "what was measured in float64 stored in float32 as it comes",
         instead(codecs, "round_up", lambda x: x.float()),
@@ -176,7 +170,7 @@ CODEC = [
         "norms of what is read",
         "radii over the codes only, although originals beyond the grid are larger",
         encoded(ValueCodec, norms_of_what_is_read),
-        by_oracle(beyond_half),
+        by_oracle(beyond_grid),
     ),
     plant(
         "codes clipped one short",

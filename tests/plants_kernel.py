@@ -11,6 +11,7 @@ import torch
 from plants_base import Apply, Detect, Patch, Plant, arguments, by_oracle, instead, results
 from torch import Tensor
 
+from hf_certkv import codecs
 from hf_certkv import decode as decode_module
 from hf_certkv import store as store_module
 from hf_certkv.attention import AttentionCall
@@ -25,6 +26,7 @@ from hf_certkv.verify.worst_cases import (
     light_block,
     mixed_signs,
     negative_scale,
+    one_value,
     padded,
     shifted_scores,
     two_readers,
@@ -153,6 +155,17 @@ def no_guard(device_type: str) -> Any:
     return contextlib.nullcontext()
 
 
+def crossed_moments(made: Combined, *given: Any) -> Combined:
+    """Squared distances from the output, less its own square."""
+    size = made.output.double().square().sum(-1, keepdim=True)
+    return replace(made, moment=made.moment - size, square_moment=made.square_moment - size)
+
+
+def mean_steps(scale: Tensor) -> Tensor:
+    """One step for all tokens of a block."""
+    return codecs.token_steps(scale).mean(-1, True).expand(scale.shape[:-1])
+
+
 def plant(name: str, text: str, apply: Apply, detect: Any) -> Plant:
     """A bug in the kernel."""
     return Plant(name, "kernel", text, apply, detect)
@@ -192,19 +205,19 @@ KERNEL = [
     plant(
         "mask lost on promotion",
         "promoted blocks computed again without their bias",
-        arguments(reference, "redo_blocks", unlike(5, None)),
+        arguments(reference, "redo_blocks", unlike(6, None)),
         by_oracle(masked, rtol=0.02, refine="off"),
     ),
     plant(
         "softcap ignored",
         "scores as they are",
-        arguments(reference, "attend", unlike(4, None)),
+        arguments(reference, "attend", unlike(5, None)),
         by_oracle(capped_scores),
     ),
     plant(
         "softcap lost on promotion",
         "promoted blocks computed again without the softcap",
-        arguments(reference, "redo_blocks", unlike(6, None)),
+        arguments(reference, "redo_blocks", unlike(7, None)),
         by_oracle(capped_and_raised),
     ),
     plant(
@@ -256,5 +269,17 @@ KERNEL = [
         "spectral norms in bfloat16 where autocast asks for it",
         instead(store_module, "full_precision", no_guard),
         under_autocast(residuals_rounded_down),
+    ),
+    plant(
+        "moments half of them",
+        "squared distances from the output without what the output is from zero",
+        results(reference, "combine", crossed_moments),
+        by_oracle(shifted_scores, 0.1, 0.01),
+    ),
+    plant(
+        "mean instead of each token's step",
+        "a block's mean step for every token",
+        instead(reference, "token_steps", mean_steps),
+        by_oracle(one_value),
     ),
 ]

@@ -88,6 +88,9 @@ def measurements(step: DecodeStep, case: Case) -> list[str]:
             residual = torch.where(step_size > 0, residual / step_size, 0.0)
             if not bool((residual.abs().amax(dim=(-1, -2)) * EXACT <= numbers[..., 0])[at].all()):
                 found.append("kappa is below a residual")
+        else:
+            step_size = step.layer.store.values["scale"].view.double().norm(dim=-1, keepdim=True)
+            residual = torch.where(step_size > 0, residual / step_size, 0.0)
         largest = residual.norm(dim=-1).amax(dim=-1) * EXACT
         if not bool((largest <= numbers[..., 1 if kind == "keys" else 0])[at].all()):
             found.append(f"the largest norm of residuals of {kind} is above what is stored")

@@ -47,7 +47,7 @@ class Problem:
         """The key error as `total` puts it together, the L2 entry with a given Lambda."""
         shift_l2 = self.limit * BLOCK**0.5 if delta_l2 is None else delta_l2
         reach = self.radius + self.centre.norm()
-        parts = bounds.key_error(self.mass, self.root, self.limit, shift_l2, reach)
+        parts = bounds.key_error(self.mass * reach, self.root * reach, self.limit, shift_l2)
         held = bounds.least_mass(self.mass, self.p[-1], self.limit, torch.ones((), dtype=torch.float64))
         return float(parts.sum() / held)
 
@@ -102,12 +102,69 @@ def test_no_residuals_move_the_output_further(spread: float) -> None:
         if seed % 2:
             blocks = blocks[:, :1].expand_as(blocks).clone()  # all residuals of a block line up
         eta = blocks.norm(dim=-1).amax(-1)
+        steps = 10.0 ** (2 * torch.rand(4, BLOCK, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
         spectral = torch.linalg.matrix_norm(blocks, ord=2)
-        parts = bounds.value_error(problem.mass, problem.root, eta, spectral)
+        stepped = problem.p[:-1].view(4, BLOCK) * steps
+        parts = bounds.value_error(stepped.sum(-1), stepped.norm(dim=-1), eta, spectral)
         for n in range(4):
-            weights = problem.p[n * BLOCK : (n + 1) * BLOCK]
-            assert float((weights @ blocks[n]).norm()) <= float(parts[n]) * (1 + 1e-14)
-            assert float(parts[n]) <= float(problem.mass[n] * eta[n]) * (1 + 1e-8)
+            assert float((stepped[n] @ blocks[n]).norm()) <= float(parts[n]) * (1 + 1e-14)
+            assert float(parts[n]) <= float(stepped[n].sum() * eta[n]) * (1 + 1e-8)
+
+
+def near(problem: Problem, read: Tensor, output: Tensor, apart: float, power: int) -> Tensor:
+    """`mean_radius` of every block, from sums in float64: by weight or by squared weight. Residuals have steps of 1."""
+    p = problem.p[:-1].view(-1, BLOCK) ** power
+    moment = (p * (read - output).square().sum(-1).view(-1, BLOCK)).sum(-1) / p.sum(-1)
+    eta = (read - problem.values[:-1]).norm(dim=-1).view(-1, BLOCK).amax(-1)
+    reach = torch.maximum(problem.values[:-1].norm(dim=-1), read.norm(dim=-1)).view(-1, BLOCK).amax(-1)
+    reach = reach + output.norm() + apart
+    return bounds.mean_radius(moment, eta, torch.tensor([apart], dtype=torch.float64), reach, BLOCK)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("size", [0.0, 0.1, 3.0])
+def test_mean_radius_stands_for_every_distance_in_a_mean(spread: float, size: float) -> None:
+    """Also where the centre is as far from the output as allowed, and residuals point away from it."""
+    for seed in range(20):
+        problem = Problem(seed, 4, spread)
+        g = torch.Generator().manual_seed(seed)
+        away = torch.randn(3, generator=g, dtype=torch.float64)
+        output = problem.centre + size * away / away.norm()
+        outward = problem.values[:-1] - problem.centre
+        toward = outward / outward.norm(dim=-1, keepdim=True) if seed % 2 else torch.randn(16, 3, generator=g).double()
+        read = problem.values[:-1] - size * toward
+        distances = outward.norm(dim=-1).view(4, BLOCK)
+        p = problem.p[:-1].view(4, BLOCK)
+        linear, square = (near(problem, read, output, size, power) for power in (1, 2))
+        float64 = 1 + 1e-14  # of this brute force's own sums
+        assert bool(((p * distances).sum(-1) <= p.sum(-1) * linear * float64).all())
+        assert bool(((p * distances).norm(dim=-1) <= p.norm(dim=-1) * square * float64).all())
+
+
+def test_mean_radius_is_attained_and_falls_back() -> None:
+    """Equal distances, a residual and a centre in line: nothing to spare but rounding. Overflow: the reach."""
+    values = torch.tensor([0.0, 3.0], dtype=torch.float64)  # v, of residual 2, read as 2 further out; the output 1 beyond
+    moment, reach = torch.tensor([4.0], dtype=torch.float64), torch.tensor([50.0], dtype=torch.float64)
+    apart = torch.ones(1, dtype=torch.float64)
+    made = float(bounds.mean_radius(moment, values[1:], apart, reach, 80))
+    assert 2.0 + 3.0 + 1.0 <= made <= 6.01
+    for what in (math.inf, math.nan):
+        assert float(bounds.mean_radius(moment * what, values[1:], apart, reach, 80)) == 50.0
+
+
+def test_mean_radius_covers_what_cancellation_loses() -> None:
+    """Moments as a kernel makes them in float32, of values far from zero and close together."""
+    for seed in range(50):
+        g = torch.Generator().manual_seed(seed)
+        values = 100.0 + 0.01 * torch.rand(64, 32, generator=g)
+        weights = torch.rand(64, generator=g) ** 4
+        output = (weights @ values) / weights.sum()
+        moment = (weights * values.square().sum(-1)).sum().double() - 2 * ((weights @ values) @ output).double()
+        moment = moment / weights.sum().double() + output.double().square().sum()
+        exact = (weights.double() * (values.double() - output.double()).norm(dim=-1)).sum() / weights.double().sum()
+        reach = values.double().norm(dim=-1).amax() + output.double().norm()
+        zero = torch.zeros((), dtype=torch.float64)
+        assert float(exact) <= float(bounds.mean_radius(moment, zero, zero, reach, 96))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -201,6 +258,10 @@ def arguments(rows: int = 2, blocks: int = 3) -> dict[str, Any]:
         "approximate_keys": torch.ones(1, blocks, dtype=torch.bool),
         "eta": torch.rand(1, blocks, **options) * 0.1,
         "value_spectral": torch.rand(1, blocks, **options) * 0.1,
+        "step": torch.rand(rows, blocks, **options),
+        "root_square_step": torch.rand(rows, blocks, **options),
+        "moment": torch.rand(rows, blocks, **options),
+        "square_moment": torch.rand(rows, blocks, **options),
         "block_radius": torch.full((1, blocks), 2.0, dtype=torch.float64),
         "value_radius": torch.full((rows,), 2.0, dtype=torch.float64),
         "output_norm": torch.ones(rows, dtype=torch.float64),
@@ -208,6 +269,7 @@ def arguments(rows: int = 2, blocks: int = 3) -> dict[str, Any]:
         "rounding": torch.full((rows,), 1e-5, dtype=torch.float64),
         "output_error": torch.full((rows,), 1e-5, dtype=torch.float64),
         "chain": 20,
+        "terms": 40,
     }
 
 
@@ -229,6 +291,7 @@ def test_the_certificate_of_ordinary_numbers_is_met() -> None:
 # What NaN or infinity may not stop: the L2 number of scores and the exact mass enter one of two valid key bounds only, and
 # an infinite residual leaves the spectral entry (never the other way round in practice: both are measured together).
 OTHER_WAY = {"shift_l2", "exact_mass", "block_radius"}
+MEANS = ("moment", "square_moment")  # a radius that is worse, and as valid, stands in for them
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -238,6 +301,10 @@ def test_nan_in_any_argument_is_never_met(name: str) -> None:
     if name == "output_norm":  # an output that is NaN: its own rounding says so too, in every dtype
         given["output_error"] = bounds.output_rounding(given["output_norm"], 8, torch.float32)
     made = bounds.total(**given)
+    if name in MEANS:
+        widest = bounds.total(**{**given, name: torch.full_like(given[name], 1e30)})
+        assert float(made.total[0]) == float(widest.total[0]) or float(made.key_parts[0, 0]) == float(widest.key_parts[0, 0])
+        return
     if name in OTHER_WAY:
         # Not certified, or certified by the cap alone, which does not use this number.
         cap = bounds.key_error_cap(given["mass"], given["shift"], given["value_radius"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_certkv import codecs
-from hf_certkv.codecs import EncodedBlocks, KeyCodec, ValueCodec
+from hf_certkv.codecs import EncodedBlocks, KeyCodec, ValueCodec, token_steps
 from hf_certkv.store import BlockStore
 
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -196,15 +196,21 @@ def squares(row: list[Fraction]) -> Fraction:
     return sum((x * x for x in row), Fraction(0))
 
 
-def spectral_at_least(rows: list[list[Fraction]]) -> Fraction:
-    """The square of a lower bound of the spectral norm: the exact Rayleigh quotient of numpy's best direction."""
+def spectral_at_least(rows: list[list[Fraction]], steps: list[Fraction] | None = None) -> Fraction:
+    """The square of a lower bound of the spectral norm: the exact Rayleigh quotient of numpy's best direction.
+
+    Args: steps: squares of what each row is divided by first; 0 leaves a row out.
+    """
+    steps = steps if steps is not None else [Fraction(1)] * len(rows)
+    rows, steps = [r for r, s in zip(rows, steps, strict=True) if s > 0], [s for s in steps if s > 0]
     largest = max((abs(x) for row in rows for x in row), default=Fraction(0))
     if largest == 0:
         return Fraction(0)
-    direction = np.linalg.svd(np.array([[float(x / largest) for x in row] for row in rows]))[2][0]
-    exact = [Fraction(float(x)) for x in direction]
+    widths = [float(max(steps) / step) ** 0.5 for step in steps]
+    scaled = [[float(x / largest) * width for x in row] for row, width in zip(rows, widths, strict=True)]
+    exact = [Fraction(float(x)) for x in np.linalg.svd(np.array(scaled))[2][0]]
     along = [sum((a * b for a, b in zip(row, exact, strict=True)), Fraction(0)) for row in rows]
-    return squares(along) / squares(exact)
+    return sum((x * x / step for x, step in zip(along, steps, strict=True)), Fraction(0)) / squares(exact)
 
 
 def above(number: float, square: Fraction) -> bool:
@@ -254,6 +260,9 @@ def check_values(x: Tensor, codec: ValueCodec) -> None:
     assert encoded.scale.dtype == encoded.offset.dtype == torch.float16
     numbers = encoded.numbers.double().tolist()
     original = exact_rows(x)
+    steps = [sum((Fraction(s) ** 2 for s in row), Fraction(0)) for row in encoded.scale.double().tolist()]
+    for square, step in zip(steps, token_steps(encoded.scale).double().tolist(), strict=True):
+        assert square <= Fraction(step) ** 2 <= square * Fraction(1001, 1000)
     radius = max(squares(row) for row in original)
     for level in range(codec.levels):
         exact = decoded_exactly(codec, encoded, level, channels)
@@ -262,13 +271,17 @@ def check_values(x: Tensor, codec: ValueCodec) -> None:
         check_floats(decoded, exact, Fraction(0))
         errors = [[a - b for a, b in zip(got, true, strict=True)] for got, true in zip(exact, original, strict=True)]
         eta, spectral, rms = numbers[level * 3 : level * 3 + 3]
-        assert above(eta, max(squares(row) for row in errors))
+        radius = max(radius, *(squares(row) for row in exact))
+        if any(step == 0 and any(row) for step, row in zip(steps, errors, strict=True)):
+            assert not any(np.isfinite(number) for number in (eta, spectral)), "a multiple of step 0 covers nothing"
+            continue
+        shares = [squares(row) / step if step > 0 else Fraction(0) for step, row in zip(steps, errors, strict=True)]
+        assert above(eta, max(shares))
         # NaN is "not certified"; it may only come of norms that float32 cannot hold.
-        assert (eta == float("inf") and np.isnan(spectral)) or above(spectral, spectral_at_least(errors))
-        mean = float(sum(squares(row) for row in errors)) / len(errors)
+        assert (eta == float("inf") and np.isnan(spectral)) or above(spectral, spectral_at_least(errors, steps))
+        mean = float(sum(shares)) / len(errors)
         if np.isfinite(mean) and mean**0.5 < 1e38:
             assert rms == pytest.approx(mean**0.5, rel=1e-4, abs=1e-37)
-        radius = max(radius, *(squares(row) for row in exact))
     assert above(numbers[-1], radius)
 
 

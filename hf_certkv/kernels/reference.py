@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import EncodedBlocks, KeyCodec, ValueCodec
+from ..codecs import TINY, EncodedBlocks, KeyCodec, ValueCodec, token_steps
 
 RESCALINGS = 1
 CHUNK_NUMBERS = 2**21  # dequantised numbers held at a time: 8 MiB of scratch for keys, as much for values
@@ -24,14 +24,17 @@ class Segments:
     """Unnormalised softmax sums of each segment (a block, or the exact tokens), relative to the segment's own maximum.
 
     Attributes: float32; maximum, total, square: `[batch, kv_heads, rows, segments]` (largest score, sum of weights, sum of
-    squared weights); output: `[batch, kv_heads, segments, rows, channels]`. A segment that is masked throughout has
-    maximum -inf and sums 0.
+    squared weights); output, square_output: `[batch, kv_heads, segments, rows, channels]`, values by weights and by squared
+    weights; sums: `[batch, kv_heads, rows, segments, 4]`, of weight * step, of its square, and of the values' squared norms
+    by weights and by squared weights. A segment that is masked throughout has maximum -inf and sums 0.
     """
 
     maximum: Tensor
     total: Tensor
     square: Tensor
     output: Tensor
+    square_output: Tensor
+    sums: Tensor
 
 
 @dataclass
@@ -40,7 +43,9 @@ class Combined:
 
     Attributes: output: float32 `[batch, kv_heads, rows, channels]`; mass, root_square_mass: float64
     `[batch, kv_heads, rows, segments]`, rho and pi of the certificate; sink_mass: float64 `[batch, kv_heads, rows]`, the
-    weight of the sink logit; attended: bool, shaped as `mass`.
+    weight of the sink logit; attended: bool, shaped as `mass`; step, moment: float64, a segment's means by weight of steps and
+    of values' squared distances from the output; root_square_step, square_moment: by squared weight, the former a root mean
+    square. All four are 0 for a segment that is masked throughout.
     """
 
     output: Tensor
@@ -48,6 +53,10 @@ class Combined:
     root_square_mass: Tensor
     sink_mass: Tensor
     attended: Tensor
+    step: Tensor
+    root_square_step: Tensor
+    moment: Tensor
+    square_moment: Tensor
 
 
 def chain_length(block: int, exact_tokens: int, segments: int) -> int:
@@ -55,12 +64,15 @@ def chain_length(block: int, exact_tokens: int, segments: int) -> int:
     return max(block, exact_tokens) + segments
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, softcap: float | None) -> Segments:
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, steps: Tensor | None, bias: Tensor | None, softcap: float | None
+) -> Segments:
     """Sums of `segments` groups of tokens.
 
     Args:
         query: float32 `[batch, kv_heads, rows, channels]`, already multiplied by the softmax scale.
         keys, values: float32 `[batch, kv_heads, segments, tokens, channels]`.
+        steps: float32 `[batch, kv_heads, segments, tokens]`, `codecs.token_steps` of quantised values; None for exact ones.
         bias: float32, added to the scores, `[batch | 1, kv_heads | 1, rows | 1, segments, tokens]`; -inf masks.
         softcap: c of c * tanh(score / c), or None.
     """
@@ -73,8 +85,17 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, sof
     maximum = scores.amax(dim=-1)
     base = torch.where(maximum == -torch.inf, torch.zeros_like(maximum), maximum)
     weights = torch.exp(scores - base.unsqueeze(-1))
-    output = weights.transpose(2, 3) @ values
-    return Segments(maximum, weights.sum(dim=-1), weights.square().sum(dim=-1), output)
+    squares, norms = weights.square(), values.square().sum(dim=-1).unsqueeze(2)
+    stepped = weights * steps.unsqueeze(2) if steps is not None else torch.zeros_like(weights)
+    sums = [part.sum(dim=-1) for part in (stepped, stepped.square(), weights * norms, squares * norms)]
+    return Segments(
+        maximum,
+        weights.sum(dim=-1),
+        squares.sum(dim=-1),
+        weights.transpose(2, 3) @ values,
+        squares.transpose(2, 3) @ values,
+        torch.stack(sums, dim=-1),
+    )
 
 
 def decode_pass(
@@ -110,14 +131,16 @@ def decode_pass(
             values.codes[:, :, start:stop], None, values.scale[:, :, start:stop], values.offset[:, :, start:stop], width
         )
         bias = block_bias[..., start:stop, :] if block_bias is not None else None
-        parts.append(attend(query, part_keys, part_values, bias, softcap))
+        parts.append(attend(query, part_keys, part_values, token_steps(values.scale[:, :, start:stop]), bias, softcap))
     exact = (exact_keys.float().unsqueeze(2), exact_values.float().unsqueeze(2))
-    parts.append(attend(query, *exact, exact_bias.unsqueeze(-2) if exact_bias is not None else None, softcap))
+    parts.append(attend(query, *exact, None, exact_bias.unsqueeze(-2) if exact_bias is not None else None, softcap))
     return Segments(
         torch.cat([part.maximum for part in parts], dim=-1),
         torch.cat([part.total for part in parts], dim=-1),
         torch.cat([part.square for part in parts], dim=-1),
         torch.cat([part.output for part in parts], dim=2),
+        torch.cat([part.square_output for part in parts], dim=2),
+        torch.cat([part.sums for part in parts], dim=-2),
     )
 
 
@@ -127,6 +150,7 @@ def redo_blocks(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
+    steps: Tensor,
     block_bias: Tensor | None,
     softcap: float | None = None,
 ) -> None:
@@ -134,6 +158,7 @@ def redo_blocks(
 
     Args:
         index: int64 `[n]` each: batch row, KV head and block; keys, values: float32 `[n, block, channels]`.
+        steps: float32 `[n, block]`, as in `attend`; of no matter where values are originals.
         query: as in `decode_pass`; block_bias: as in `attend`.
     """
     rows, heads, blocks = index
@@ -141,11 +166,14 @@ def redo_blocks(
     if block_bias is not None:
         full = block_bias.expand(query.shape[0], query.shape[1], -1, -1, -1)
         bias = full[rows, heads, :, blocks].unsqueeze(1).unsqueeze(-2)
-    part = attend(query[rows, heads].unsqueeze(1), keys[:, None, None], values[:, None, None], bias, softcap)
+    blocks_of = (keys[:, None, None], values[:, None, None], steps[:, None, None])
+    part = attend(query[rows, heads].unsqueeze(1), *blocks_of, bias, softcap)
     segments.maximum[rows, heads, :, blocks] = part.maximum[:, 0, :, 0]
     segments.total[rows, heads, :, blocks] = part.total[:, 0, :, 0]
     segments.square[rows, heads, :, blocks] = part.square[:, 0, :, 0]
     segments.output[rows, heads, blocks] = part.output[:, 0, 0]
+    segments.square_output[rows, heads, blocks] = part.square_output[:, 0, 0]
+    segments.sums[rows, heads, :, blocks] = part.sums[:, 0, :, 0]
 
 
 def combine(segments: Segments, sink_logit: Tensor | None = None) -> Combined:
@@ -162,12 +190,23 @@ def combine(segments: Segments, sink_logit: Tensor | None = None) -> Combined:
         normaliser = normaliser + sink
     scale = factor / normaliser.unsqueeze(-1)
     output = torch.einsum("bhrs,bhsrd->bhrd", scale.float(), segments.output)
+    step, square_step, moment, square_moment = segments.sums.double().unbind(dim=-1)
+    # Distances from the output: sum w ||v - o||^2 = sum w ||v||^2 - 2 o . (sum w v) + ||o||^2 sum w.
+    size = output.double().square().sum(dim=-1, keepdim=True)
+    weight, square = segments.total.double(), segments.square.double()
+    moment = moment - 2 * torch.einsum("bhsrd,bhrd->bhrs", segments.output, output) + size * weight
+    square_moment = square_moment - 2 * torch.einsum("bhsrd,bhrd->bhrs", segments.square_output, output) + size * square
+    over, over_square = weight.clamp_min(TINY), square.clamp_min(TINY)  # at least 1 wherever anything is attended
     return Combined(
         output,
         weighed / normaliser.unsqueeze(-1),
         scale * segments.square.double().sqrt(),
         sink / normaliser,
         segments.maximum > -torch.inf,
+        step / over,
+        (square_step / over_square).sqrt(),
+        moment / over,
+        square_moment / over_square,
     )
 
 

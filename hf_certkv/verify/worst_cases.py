@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import ValueCodec
 from .cases import Case, tensors
 
 
@@ -26,9 +27,9 @@ def equal_values(dtype: torch.dtype = torch.float32, size: float = 1.0, **change
 
 
 def one_value(**changes: Any) -> Case:
-    """Exact keys, nearly all weight on the token with the largest value residual."""
+    """Exact keys, nearly all weight on the only token with a value residual."""
     torch.manual_seed(6)
-    v = torch.randn(1, 2, 81, 16) * 0.01
+    v = torch.zeros(1, 2, 81, 16)
     v[:, :, 20] = torch.randn(1, 2, 16) * 10
     bias = torch.zeros(1, 1, 1, 81)
     bias[..., 20] = 20.0
@@ -65,18 +66,29 @@ def spread_keys(top: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor
     return keys, kept
 
 
-def shifted_scores(shift: float, share: float, **changes: Any) -> Case:
-    """One block whose scores are all read too low by `shift`, with opposite values to the exact token's."""
+def shifted_scores(shift: float, share: float, centre: float = 0.0, **changes: Any) -> Case:
+    """One block whose scores are all read too low by `shift`, with values opposite to the exact token's, seen from `centre`."""
     channels, tokens = 8, 17
     keys, kept = spread_keys(torch.ones(tokens, dtype=torch.bool), tokens, channels)
     size = shift / (STEP_ERROR * channels * SPAN / 256)
     q = torch.full((1, 4, 1, channels), size)
-    values = torch.full((1, 2, tokens, 16), -1.0)
-    values[:, :, -1] = 1.0
+    values = torch.full((1, 2, tokens, 16), centre - 1.0)
+    values[:, :, -1] = centre + 1.0
     bias = torch.full((tokens,), -size * SPAN * channels + math.log(share / 15))
     bias[-1] = 0.0
     bias = torch.where(kept, bias, -torch.inf).view(1, 1, 1, tokens)
     return Case(q, keys, values, bias, scale=1.0, settings={"atol": 1e6, "value_bits": 8, **changes})
+
+
+def read_at_the_output(shift: float, share: float) -> Case:
+    """As `shifted_scores`, but the block's values are read as the exact token's: only residuals keep them apart."""
+    case = shifted_scores(shift, share, value_bits=4)
+    torch.manual_seed(10)
+    values = torch.randn(1, 2, 1, 16).repeat(1, 1, 17, 1)
+    codec = ValueCodec(4, 0, refine=False)
+    coded = codec.encode(values[:, :, :16])
+    values[:, :, 16] = codec.decode(coded.codes, None, coded.scale, coded.offset, 16)[:, :, 0]
+    return replace(case, values=values)
 
 
 def two_blocks(shift: float, value: tuple[float, float], lead: float) -> Case:
@@ -178,10 +190,9 @@ def heavy_tail() -> Case:
     return replace(case, values=values)
 
 
-def beyond_half() -> Case:
-    """Values that float16 steps cannot reach: what is read of them is far smaller than they are, and their scores move."""
-    case = shifted_scores(0.1, 0.01)
-    return above(replace(case, values=case.values * 1e30), atol=1e36)
+def beyond_grid() -> Case:
+    """Nearly all weight is read off a block of values far beyond the grid: only their true norms say how much that moves."""
+    return above(two_blocks(40.0, (1e9, 0.0), 20.0), atol=1e12)
 
 
 def hidden_by_rounding() -> Case:
@@ -252,12 +263,12 @@ def half_sunk() -> Case:
 
 
 def far_centre() -> Case:
-    """A heavy block of values far beyond the grid, and a light one of opposite values whose scores are read too low."""
+    """A heavy block of values far beyond the grid, and a light one of small values whose scores are read too low."""
     case = unlike_blocks()
     assert case.mask is not None
     mask, values = case.mask.clone(), torch.full_like(case.values, 1e30)
     mask[..., :16], mask[..., -1] = 0.0, -60.0
-    values[:, :, 16:] = -1e30
+    values[:, :, 16:] = -1e3
     return above(replace(case, mask=mask, values=values), atol=1e36)
 
 
@@ -273,6 +284,8 @@ TIGHT: dict[str, tuple[Case, float]] = {
     "one value": (one_value(), 0.99),
     "shifted scores": (shifted_scores(0.1, 0.01), 0.85),
     "shifted scores, large": (shifted_scores(1.0, 0.001), 0.65),
+    "shifted scores, far from zero": (shifted_scores(0.1, 0.01, centre=4.0), 0.85),
+    "read at the output": (read_at_the_output(1.0, 0.05), 0.7),
     "two blocks": (two_blocks(2.5, (1.0, 0.0), -3.5), 0.1),
     "flipped": (two_blocks(40.0, (1.0, -1.0), 20.0), 0.99),
     "clamped keys": (clamped_keys(), 0.0),
@@ -282,7 +295,7 @@ TIGHT: dict[str, tuple[Case, float]] = {
     "unlike blocks": (unlike_blocks(), 0.9),
     "light block": (light_block(), 0.9),
     "half sunk": (half_sunk(), 0.85),
-    "beyond float16": (beyond_half(), 0.98),
+    "beyond the grid": (beyond_grid(), 0.3),
     "halfway between subnormal outputs": (hidden_by_rounding(), 0.99),
     "two readers": (two_readers(), 0.99),
 }
