@@ -23,7 +23,8 @@ except ImportError as error:  # pragma: no cover - the tests are run with the ex
         "The exact oracle needs python-flint (ball arithmetic). Install it with `pip install 'hf_certkv[verify]'`."
     ) from error
 
-FIRST_BITS, MOST_BITS = 128, 16384
+FIRST_BITS, MOST_BITS = 64, 16384
+PRECISE = 2.0**-12  # of a bound: how well an error is known before it is reported
 
 Ball = Any  # flint.arb
 
@@ -46,50 +47,48 @@ class Problem:
     sinks: Sequence[float] | None = None
 
 
+def first_bits(problem: Problem) -> int:
+    """A precision to begin with: the bits before the point of the largest score come on top of `FIRST_BITS`."""
+    size = abs(problem.scaling) * problem.query.shape[-1] * _largest(problem.query) * _largest(problem.keys)
+    if problem.bias is not None:
+        size += _largest(problem.bias.where(problem.bias > -math.inf, 0.0))
+    return FIRST_BITS + max(0, math.frexp(size)[1])
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.double().abs().max())
+
+
 def exact_outputs(problem: Problem) -> list[list[Ball] | None]:
     """One ball a value channel for every row, at the precision set in `flint.ctx`; None where a row attends nothing."""
-    scores = (_matrix(problem.query) * _matrix(problem.keys.mT)).table()
-    tau = flint.arb(problem.scaling)
-    cap = None if problem.softcap is None else flint.arb(problem.softcap)
-    bias = problem.bias.double().tolist() if problem.bias is not None else None
-    weights: list[list[Ball]] = []
-    normalisers: list[Ball | None] = []
-    for place, row in enumerate(scores):
-        scaled = [tau * score for score in row]
-        if cap is not None:
-            scaled = [cap * (score / cap).tanh() for score in scaled]
-        if bias is None:
-            kept: list[Ball | None] = list(scaled)
-        else:
-            kept = [None if b == -math.inf else s + b for s, b in zip(scaled, bias[place], strict=True)]
-        sink = None if problem.sinks is None else flint.arb(problem.sinks[place])
-        present = [score for score in (*kept, sink) if score is not None]
-        if not present:
-            weights.append([flint.arb(0)] * len(row))
-            normalisers.append(None)
-            continue
-        top = max((score.mid() for score in present), key=_Midpoint)  # any shift cancels; this one keeps weights near 1
-        line = [flint.arb(0) if score is None else (score - top).exp() for score in kept]
-        total = sum(line, flint.arb(0))
-        weights.append(line)
-        normalisers.append(total if sink is None else total + (sink - top).exp())
-    sums = (flint.arb_mat(weights) * _matrix(problem.values)).table()
-    return [None if n is None else [x / n for x in row] for row, n in zip(sums, normalisers, strict=True)]
-
-
-class _Midpoint:
-    """Order of exact balls."""
-
-    def __init__(self, ball: Ball) -> None:
-        self.ball = ball
-
-    def __lt__(self, other: _Midpoint) -> bool:
-        return bool(self.ball < other.ball)
+    scores = (_matrix(problem.query) * _matrix(problem.keys.mT) * flint.arb(problem.scaling)).table()
+    if problem.softcap is not None:
+        cap = flint.arb(problem.softcap)
+        scores = [[cap * (score / cap).tanh() for score in row] for row in scores]
+    zero = flint.arb(0)
+    # Scores are not shifted: exponents of balls have no range to leave.
+    if problem.bias is None:
+        weights = [[score.exp() for score in row] for row in scores]
+    else:
+        weights = [
+            [zero if b == -math.inf else (s + b).exp() if b else s.exp() for s, b in zip(row, line, strict=True)]
+            for row, line in zip(scores, problem.bias.double().tolist(), strict=True)
+        ]
+    # A last column of ones: the normaliser is one more channel.
+    values = [[*row, 1.0] for row in problem.values.detach().double().tolist()]
+    sums = (flint.arb_mat(weights) * flint.arb_mat(values)).table()
+    outputs: list[list[Ball] | None] = []
+    for place, row in enumerate(sums):
+        normaliser = row.pop()
+        if problem.sinks is not None:
+            normaliser += flint.arb(problem.sinks[place]).exp()
+        outputs.append(None if normaliser.is_zero() else [x / normaliser for x in row])
+    return outputs
 
 
 def _matrix(x: Tensor) -> Any:
     """A matrix of exact balls."""
-    return flint.arb_mat([[flint.arb(number) for number in row] for row in x.detach().double().tolist()])
+    return flint.arb_mat(x.detach().double().tolist())
 
 
 def norm(numbers: Sequence[Ball]) -> Ball:
@@ -112,12 +111,12 @@ def exact_errors(problem: Problem, outputs: Tensor) -> list[Ball | None]:
     ]
 
 
-def decided(question: Callable[[], Sequence[bool | None]]) -> list[bool]:
-    """Answers to a question whose balls may be too wide: asked again with more bits until none is None.
+def decided(question: Callable[[], Sequence[bool | None]], bits: int = FIRST_BITS) -> list[bool]:
+    """Answers to a question whose balls may be too wide: asked again with twice the bits until none is None.
 
     Raises: ArithmeticError: `MOST_BITS` bits do not decide it.
     """
-    before, bits = flint.ctx.prec, FIRST_BITS
+    before = flint.ctx.prec
     try:
         while bits <= MOST_BITS:
             flint.ctx.prec = bits
@@ -139,3 +138,8 @@ def at_most(left: Ball, right: Ball) -> bool | None:
 def upper(ball: Ball) -> float:
     """A double not below anything in the ball."""
     return math.nextafter(float(ball.upper()), math.inf)
+
+
+def precise(error: Ball, bound: Ball) -> bool:
+    """Whether an error is known well enough, against its bound, to say what share of it is used."""
+    return bool(error.rad() <= bound * PRECISE)
