@@ -66,7 +66,8 @@ def model(case: Case, layout: Layout, query: Tensor, keys: Tensor, values: Tenso
         read_v = layout.value_codec.decode(made_v.codes, None, made_v.scale, made_v.offset, v.shape[-1]).double()
         step = made_k.scale.double()
     relative = torch.where(step.unsqueeze(-2) > 0, (read_k - blocked_k) / step.unsqueeze(-2).clamp_min(1e-300), 0.0)
-    residual = read_v - blocked_v
+    sigma = made_v.scale.double().norm(dim=-1)
+    residual = (read_v - blocked_v) / torch.where(sigma > 0, sigma, torch.ones_like(sigma)).unsqueeze(-1)
     all_k, all_v = (
         torch.cat([x[:, : layout.sink], y.flatten(1, 2), x[:, middle.stop :]], dim=1) for x, y in ((k, read_k), (v, read_v))
     )
@@ -84,7 +85,11 @@ def model(case: Case, layout: Layout, query: Tensor, keys: Tensor, values: Tenso
     exact, read = scores(k).softmax(-1)[..., : k.shape[1]], scores(all_k).softmax(-1)
     output = read[..., : k.shape[1]] @ all_v
     by_block = read[..., middle].unflatten(-1, (-1, layout.block))
-    mass, root = by_block.sum(-1), by_block.square().sum(-1).clamp_min(1e-300).sqrt()
+    mass, square = by_block.sum(-1).clamp_min(1e-300), by_block.square().sum(-1).clamp_min(1e-300)
+    root, weighed = square.sqrt(), by_block * sigma.unsqueeze(1)
+    away = (read_v.unsqueeze(1) - output[:, :, None, None]).square().sum(-1)
+    steps = weighed.sum(-1) / mass, (weighed.square().sum(-1).clamp_min(1e-300) / square).sqrt()
+    moments = (by_block * away).sum(-1) / mass, (by_block.square() * away).sum(-1) / square
     l1 = q.abs() @ step.mT
     l2 = (q.square() @ step.square().mT).clamp_min(1e-300).sqrt()
     shift = bounds.score_shift(tau, relative.abs().amax((-1, -2)).unsqueeze(1), l1, _norm(relative).unsqueeze(1), l2)
@@ -114,6 +119,8 @@ def model(case: Case, layout: Layout, query: Tensor, keys: Tensor, values: Tenso
         yes,
         eta,
         spectral,
+        *steps,
+        *moments,
         radius_v.unsqueeze(1),
         value_radius,
         norm,
@@ -121,11 +128,11 @@ def model(case: Case, layout: Layout, query: Tensor, keys: Tensor, values: Tenso
         rounding,
         output_error,
         chain,
+        layout.block + v.shape[-1],
     )
     capped = certificate.key_total < certificate.key_parts.sum(-1) * (1 - 1e-9)
-    triangle = (mass * eta).sum(-1) <= (root * spectral).sum(-1) * (
-        1 + 1e-4
-    )  # the spectral number is capped by the same inequality
+    # The spectral number is capped by the same inequality.
+    triangle = (mass * steps[0] * eta).sum(-1) <= (root * steps[1] * spectral).sum(-1) * (1 + 1e-4)
     zero = torch.zeros_like(norm)
     parts = {
         "key sum": certificate.key_total.where(~capped, zero),
