@@ -13,9 +13,9 @@ from hf_certkv.embedded import load_embedded, make_haystack
 from hf_certkv.report import rung_shares
 
 TOKENS, LONG_TOKENS = 2048, 32768
-# Batch rows and steps: 18 formats * 4 rows * 60 steps * 24 heads = 103,680 head-steps on prose; 8 heads on retriever.
-PROSE_ROWS, PROSE_STEPS = 4, 60
-RETRIEVER_ROWS, RETRIEVER_STEPS = 8, 90
+# Batch rows and steps: 18 formats * 2 rows * 60 steps * 24 heads = 51,840 head-steps on prose, as many on retriever (8 heads).
+PROSE_ROWS, PROSE_STEPS = 2, 60
+RETRIEVER_ROWS, RETRIEVER_STEPS = 4, 90
 LONG_STEPS = 40
 
 FORMATS: list[dict[str, Any]] = [
