@@ -1,6 +1,6 @@
 """This machine's arithmetic against what docs/certificate.md, section 5, assumes, over every float32 number.
 
-python -m benchmarks.rounding        # about a quarter of an hour on one thread
+python -m benchmarks.rounding        # about half an hour on one thread
 """
 
 from __future__ import annotations

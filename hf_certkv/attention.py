@@ -114,12 +114,13 @@ def attend(call: AttentionCall) -> Tensor:
 
         with layer.cache.step_guard():
             return certified_decode(layer, call)
-    plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
-    query, key, value, mask = plain
-    assert query is not None and key is not None and value is not None
-    if handles:
-        handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
-    return call.dense(query, key, value, mask, call.sinks)
+    with handles[0].layer.cache.step_guard() if handles else nullcontext():
+        plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
+        query, key, value, mask = plain
+        assert query is not None and key is not None and value is not None
+        if handles:
+            handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
+        return call.dense(query, key, value, mask, call.sinks)
 
 
 def _exact(part: Tensor | None) -> Tensor | None:

@@ -189,9 +189,10 @@ class CertifiedQuantizedCache(StepJournal, Cache):
 
     def reset(self) -> None:
         """Forget all tokens; records stay."""
-        self._end_step()
-        self._broken = None
-        super().reset()
+        with self._one_thread(), uninterrupted():
+            self._close_step()
+            super().reset()
+            self._broken = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch rows of every layer for beam search; on an error all layers are as they were."""
@@ -215,7 +216,8 @@ class CertifiedQuantizedCache(StepJournal, Cache):
 
     def report(self) -> CertificateReport:
         """What was returned so far: bounds, rungs, promotions, bytes. `print` it, or `.to_dict()`, `.to_json(path)`."""
-        self.recorder.commit()
+        with uninterrupted():
+            self.recorder.commit()
         return CertificateReport(self.settings, self.recorder, self.memory(), self._exact_layers())
 
     def memory(self) -> MemoryReport:

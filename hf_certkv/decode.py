@@ -131,7 +131,7 @@ class DecodeStep:
         self.query_l1, self.query_l2 = kernel.score_weights(query, self.key_codes.scale)
         self.shift0 = self._shift(0)
         self.shift1 = self._shift(1) if layer.key_codec.levels > 1 else None
-        hot = layer.hot.lookup()
+        hot = layer.hot.lookup(self.blocks)
         if hot is not None:
             index, keys, values = hot
             self.key_level[index], self.value_level[index], self.hot_level[index] = 2, 2, 2

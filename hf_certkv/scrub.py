@@ -32,15 +32,15 @@ class ScrubReport:
     """What a scrub looked at. Blocks and pages are counted per batch row and KV head.
 
     Attributes: blocks: quantised blocks compared with their checksum; repaired: how many of them were damaged and are right
-        again; pages: pages of originals, all intact (a damaged one raises); hot: blocks in hot slots; refilled: how many of
-        them were damaged and were fetched again.
+        again; pages: pages of originals, all intact (a damaged one raises); hot: blocks in hot slots; hot_damaged: how many of
+        them were damaged; all slots are then emptied.
     """
 
     blocks: int
     repaired: int
     pages: int
     hot: int
-    refilled: int
+    hot_damaged: int
 
     def __add__(self, other: ScrubReport) -> ScrubReport:
         return ScrubReport(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
@@ -110,22 +110,21 @@ def scrub_layer(layer: CertifiedLayer) -> ScrubReport:
         for kind in (KEYS, VALUES):
             layer.shadow.read_range(kind, first, last, slice(None), slice(None))
         repaired += repair(layer, every_block(layer, first, last))
-    hot, refilled = _scrub_hot(layer)
-    return ScrubReport(blocks * units, repaired, 2 * blocks * units, hot, refilled)
+    hot, hot_damaged = _scrub_hot(layer)
+    return ScrubReport(blocks * units, repaired, 2 * blocks * units, hot, hot_damaged)
 
 
 def _scrub_hot(layer: CertifiedLayer) -> tuple[int, int]:
-    """Compare hot blocks with their pages, bit by bit; fetch damaged ones again. Returns how many there are and were."""
-    found = layer.hot.lookup()
+    """Compare hot blocks with their pages, bit by bit; empty the slots if one differs. Returns how many there are and were."""
+    found = layer.hot.lookup(layer.store.blocks)
     if found is None:
         return 0, 0
     assert layer.shadow is not None
     index, keys, values = found
-    in_range = (index[2] >= 0) & (index[2] < layer.store.blocks)
-    pages = [layer.shadow.read_pages(kind, *(part[in_range] for part in index)) for kind in (KEYS, VALUES)]
-    wrong = ~in_range
+    pages = [layer.shadow.read_pages(kind, *index) for kind in (KEYS, VALUES)]
+    wrong = torch.zeros(len(index[0]), dtype=torch.bool, device=index[0].device)
     for given, page in zip((keys, values), pages, strict=True):
-        wrong[in_range] |= (_bits(given[in_range]) != _bits(page)).flatten(1).any(dim=1)
+        wrong |= (_bits(given) != _bits(page)).flatten(1).any(dim=1)
     count = int(wrong.sum())
     if count:
         # Which block a slot holds may be what was damaged: all are emptied, and fill again as blocks are promoted.

@@ -122,8 +122,12 @@ class StepJournal:
                 "Another thread is in the middle of a step on this cache. Give each thread its own cache, or take turns; if "
                 "that thread has given up, call `rollback()`."
             )
+        self._close_step()
+
+    def _close_step(self) -> None:
+        """Whatever step there was is over."""
         with uninterrupted():
-            if len({length for length in held.values() if length}) > 1:
+            if len({length for length in self._held().values() if length}) > 1:
                 self.recorder.discard()
             self._journal.clear()
             self._step_length = None

@@ -238,12 +238,15 @@ class HotSlots:
             self.used[row, head, slot] = step
             self.blocks[row, head, slot] = block
 
-    def lookup(self) -> tuple[Index, Tensor, Tensor] | None:
-        """Index (batch row, KV head, block), keys and values of every filled slot, or None."""
-        if self.blocks is None or not bool((self.blocks >= 0).any()):
+    def lookup(self, stop: int) -> tuple[Index, Tensor, Tensor] | None:
+        """Index (batch row, KV head, block), keys and values of every slot that holds a block below `stop`, or None."""
+        if self.blocks is None:
+            return None
+        filled = (self.blocks >= 0) & (self.blocks < stop)  # a damaged number may be anything
+        if not bool(filled.any()):
             return None
         assert self.keys is not None and self.values is not None
-        rows, heads, slots = torch.nonzero(self.blocks >= 0, as_tuple=True)
+        rows, heads, slots = torch.nonzero(filled, as_tuple=True)
         return (
             (rows, heads, self.blocks[rows, heads, slots]),
             self.keys[rows, heads, slots],

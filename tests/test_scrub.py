@@ -150,7 +150,7 @@ def test_hot_blocks_are_compared_with_their_pages() -> None:
     rows, heads, slots = torch.nonzero(layer.hot.blocks >= 0, as_tuple=True)
     flip(layer.hot.keys, (int(rows[0]), int(heads[0]), int(slots[0]), 1, 1), 22)
     report = cache.scrub()
-    assert (report.hot, report.refilled) == (held, 1)
+    assert (report.hot, report.hot_damaged) == (held, 1)
     assert cache.scrub().hot == 0
 
 
@@ -158,7 +158,7 @@ def test_an_empty_or_unquantised_cache_has_nothing_to_scrub() -> None:
     cache = CertifiedQuantizedCache(CONFIG)
     assert cache.scrub() == ScrubReport(0, 0, 0, 0, 0)
     cache.update(*states(20), 0)
-    assert cache.scrub().to_dict() == {"blocks": 0, "repaired": 0, "pages": 0, "hot": 0, "refilled": 0}
+    assert cache.scrub().to_dict() == {"blocks": 0, "repaired": 0, "pages": 0, "hot": 0, "hot_damaged": 0}
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
