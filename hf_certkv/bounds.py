@@ -20,6 +20,7 @@ EXP_ERROR = 2.0**-22  # relative error of the backend's float32 exp: two units i
 TANH_ERROR = 2.0**-21  # absolute error of the backend's float32 tanh, whose result is at most 1
 SCORE_SPAN = 104.0  # below exp(-104) float32 weights are zero
 TINY = 2.0**-126  # smallest normal float32: a product or weight may be flushed below it
+OVERFLOW = 2.0**126  # no partial sum of products below this overflows float32
 MASS_FLOOR = 1e-300  # no block that may be attended weighs exactly nothing
 STEP_FLOOR = 2.0**-56  # what weights and products that underflow may hide of a block's mean step
 
@@ -121,10 +122,14 @@ def score_rounding(
     # Four roundings beyond the products and sums: scaling the query, dequantising, and two to spare.
     error = gamma(channels + 4) * size
     # Underflow may lose up to 2^-126 of each product; of the scale itself, times query and key; of a channel of the query
-    # before and after it is scaled, times the key; of a channel of the key, times the scaled query.
+    # before and after it is scaled, times the key; of a channel of the key, times the scaled query. Twice: where subnormal
+    # numbers are flushed, what was measured of the originals lacks as much.
     scale = query_norm * key_norm if abs(scaling) < TINY else 0.0
     lost = channels + scale + channels**0.5 * ((1 + abs(scaling)) * key_norm + abs(scaling) * query_norm)
-    error = error + TINY * lost
+    error = error + 2 * TINY * lost
+    # Neither the scale nor a channel of the scaled query may overflow.
+    fits = (abs(scaling) * query_norm < OVERFLOW) & (abs(scaling) < OVERFLOW)
+    error = torch.where(fits, error, torch.full_like(error, math.inf))
     if softcap is not None:
         error = error + abs(softcap) * TANH_ERROR + gamma(4) * size
     return (error + 2 * UNIT_ROUNDOFF * (size + bias) * 1.01) * OUTWARD
@@ -156,7 +161,7 @@ def rounding_error(
         slack: lambda; value_radius: max over tokens of ||v_t|| and of ||v_hat_t||; chain: the longest chain of additions;
         tokens: attended tokens; weight_cast: unit roundoff of the type that weights are cast to before P*V, or 0.
     """
-    flushed = 3 * tokens * TINY * (value_radius + channels**0.5)  # weights, products and sums below 2^-126, even if flushed
+    flushed = 4 * tokens * TINY * (value_radius + channels**0.5)  # weights, products, sums, originals below 2^-126, if flushed
     moved = 2 * value_radius * torch.tanh(slack / 2) + gamma(2 * (chain + rescalings + 1) + 1) * value_radius
     return (moved + weight_cast * 1.01 * value_radius + flushed) * OUTWARD
 

@@ -11,8 +11,6 @@ from . import bounds
 from .handle import KEYS, VALUES, Handle
 from .precision import ambient_is_full
 
-OVERFLOW = 2.0**126  # no partial sum of products below this overflows float32
-
 if TYPE_CHECKING:
     from .decode import DecodeStep
 
@@ -82,5 +80,7 @@ def dense_bound(step: DecodeStep, norm: Tensor) -> Tensor:
         step.shape[3],
         weight_cast=bounds.OUTPUT_ROUNDOFF[dtype][0],
     )
+    # A weight relative to the heaviest may fall below what a 16-bit type holds.
+    rounding = rounding + tokens * bounds.OUTPUT_ROUNDOFF[dtype][1] * step.value_radius * bounds.OUTWARD
     bound = rounding + bounds.output_rounding(norm, step.shape[3], dtype)
-    return torch.where(product < OVERFLOW, bound, torch.full_like(bound, torch.inf))
+    return torch.where(product < bounds.OVERFLOW, bound, torch.full_like(bound, torch.inf))

@@ -381,6 +381,9 @@ class TestNamedImplementation:
                 hidden = torch.randn(2, 1, 64, generator=generator).to(torch.bfloat16)
                 position = torch.full((2, 1), LENGTH)
                 angles = _rotary(model, hidden, position, "full_attention")
+                for before in range(layer):  # a step begins with the first layer
+                    held = cache.layers[before]
+                    cache.update(held.keys[:, :, -1:], held.values[:, :, -1:], before)
                 outputs[name] = module(hidden, position_embeddings=angles, attention_mask=None, past_key_values=cache)[
                     0
                 ].double()

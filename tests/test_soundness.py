@@ -162,3 +162,12 @@ def test_an_adversary_that_climbs_does_not_reach_the_bound() -> None:
         best = max(best, share)
     print(f"largest error / bound: {best:.4f}")
     assert 0.1 < best <= 1
+
+
+@pytest.mark.parametrize("scale", [1e39, 1e30, 1e-43, 1e-46])
+def test_scales_that_float32_hardly_holds(scale: float) -> None:
+    """A softmax scale that overflows or vanishes in float32 makes every computed score wrong; the true ones are ordinary."""
+    _, _, v = tensors("normal", torch.float32, 81, 8, 8, 1, 1, 0)
+    size = (0.1 / scale) ** 0.5
+    q, k = torch.full((1, 4, 1, 8), size), torch.full((1, 2, 81, 8), -size)
+    assert_sound(Case(q, k, v, scale=scale, sinks=torch.full((4,), -12.0), settings={"rtol": 0.05, "atol": 0.01}))

@@ -149,7 +149,13 @@ def segments(left: Tensor, right: Tensor) -> Tensor:
     return torch.einsum("bhrs,bhsrd->bhrd", left[:, :, :, 0].contiguous(), output).unsqueeze(3)
 
 
-CHAINS = {chain.__name__: chain for chain in (scores, values, sums, squares, segments)}
+def moments(left: Tensor, right: Tensor) -> Tensor:
+    """The output with the segments' outputs, over channels; a group is a row."""
+    output = right.permute(0, 1, 4, 2, 3).contiguous()
+    return torch.einsum("bhsrd,bhrd->bhrs", output, left[:, :, :, 0].contiguous()).unsqueeze(3)
+
+
+CHAINS = {chain.__name__: chain for chain in (scores, values, sums, squares, segments, moments)}
 SINGLE = ("sums", "squares")  # chains of one operand
 
 
@@ -182,7 +188,7 @@ def one_chain(part: Part, device: torch.device, generator: Generator, name: str,
     outer, n, rows, columns = (), MOST_NUMBERS, 1, 1
     while math.prod(outer) * n * (rows + columns) > MOST_NUMBERS:
         outer, n, rows, columns = pick(OUTER), pick(LENGTHS), pick((1, 2, 4, 7, 8, 32)), pick((1, 8, 64, 80, 128))
-    rows = {"segments": 1, "sums": 8, "squares": 8}.get(name, rows)
+    rows = {"segments": 1, "moments": 1, "sums": 8, "squares": 8}.get(name, rows)
     left, right = KINDS[kind]((*outer, rows, n), generator), KINDS[kind]((*outer, columns, n), generator).mT
     if name in SINGLE:
         left = left.abs().sqrt() if name == "squares" else left
