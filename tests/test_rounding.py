@@ -13,8 +13,8 @@ from torch import Tensor
 from hf_certkv import codecs
 from hf_certkv.bounds import EXP_ERROR, TANH_ERROR, TINY
 from hf_certkv.precision import full_precision
-from hf_certkv.verify import operations, rounding
-from hf_certkv.verify.operations import CHAINS, KINDS, weigh_sum
+from hf_certkv.verify import arithmetic, rounding
+from hf_certkv.verify.arithmetic import CHAINS, KINDS, weigh_sum
 from hf_certkv.verify.parts import Clock, Part
 from hf_certkv.verify.rounding import PAGE, Sweep, flushing, low_half, page_bits, run, special_points
 
@@ -57,7 +57,7 @@ def all_chains() -> Part:
     for name in CHAINS:
         for kind in KINDS:
             for _ in range(2):
-                operations.one_chain(part, CPU, g, name, kind)
+                arithmetic.one_chain(part, CPU, g, name, kind)
     return part
 
 
@@ -286,7 +286,7 @@ def test_a_sum_is_weighed_without_tolerance() -> None:
 
 def test_decoded_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     part = new_part()
-    operations.codes(part, CPU, generator(), every=61)
+    arithmetic.codes(part, CPU, generator(), every=61)
     assert part.failed == 0 and part.checked > 10**6, part.failures
     real = codecs._decode_float
     plants: list[Callable[..., Tensor]] = [
@@ -297,13 +297,13 @@ def test_decoded_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     for planted in plants:
         monkeypatch.setattr(codecs, "_decode_float", planted)
         part = new_part()
-        operations.codes(part, CPU, generator(), every=977)
+        arithmetic.codes(part, CPU, generator(), every=977)
         assert part.failed > part.checked // 10, part.failures
 
 
 def test_basic_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     part = new_part()
-    operations.basic_operations(part, CPU, generator())
+    arithmetic.basic_operations(part, CPU, generator())
     assert part.failed == 0 and 0.5 < part.figures["scaled_by_a_number_u"] <= 2
 
     def truncated(a: Tensor, b: Tensor) -> Tensor:
@@ -321,18 +321,18 @@ def test_basic_operations(monkeypatch: pytest.MonkeyPatch) -> None:
                 lambda a, b, real=real, planted=planted: (planted if a.dtype == torch.float32 else real)(a, b),
             )
             part = new_part()
-            operations.basic_operations(part, CPU, generator())
+            arithmetic.basic_operations(part, CPU, generator())
         assert part.failed > 0 and all(line.startswith(name) for line in part.failures)
 
 
 @pytest.mark.parametrize(("owner", "name"), [(torch, "exp"), (torch, "expm1"), (torch, "tanh"), (np, "exp"), (np, "tanh")])
 def test_float64_functions_and_what_judges_by_them(owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     part = new_part()
-    operations.float64_functions(part, CPU, generator())
+    arithmetic.float64_functions(part, CPU, generator())
     assert part.failed == 0 and part.checked > 1000, part.failures
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda x: real(x) * (1 + 2.0**-40))
-    operations.float64_functions(part, CPU, generator())
+    arithmetic.float64_functions(part, CPU, generator())
     label = f"float64 numpy {name}(" if owner is np else f"float64 {name}("
     assert part.failed > 1000 and all(line.startswith(label) for line in part.failures)
 

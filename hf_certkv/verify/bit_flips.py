@@ -50,7 +50,7 @@ ALL, SOME, NONE = 1e-3, 0.05, 50.0
 
 def run(clock: Clock, device: torch.device, seed: int) -> Part:
     """Flip bits by every route, a share of the time each; figures say how many went by which."""
-    part = Part("bit_flips", "every single flipped bit in stored data is noticed when it is looked at, and repaired", "flips")
+    part = Part("bit flips", "every single flipped bit in stored data is noticed when it is looked at, and repaired", "flips")
     rng = np.random.default_rng([seed, 47])
     routes: Counter[str] = Counter()
     with quiet():

@@ -2,7 +2,7 @@
 
 Every float32 number goes through the backend's `exp`, `tanh` and casts, as far as the budget lasts: in three layouts, because a
 library may compute full vectors, tails and strided tensors by different code, and on a CPU also with subnormal numbers flushed.
-Single operations and sums are in operations.py.
+Single operations and sums are in arithmetic.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..bounds import EXP_ERROR, OUTPUT_ROUNDOFF, TANH_ERROR, TINY, UNIT_ROUNDOFF
 from ..precision import full_precision
-from .operations import (
+from .arithmetic import (
     CHAINS,
     KINDS,
     REFERENCE_ERROR,

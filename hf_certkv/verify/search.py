@@ -156,7 +156,7 @@ class Search:
     def __init__(self, device: torch.device, seed: int, save_to: Path | None) -> None:
         self.device, self.save_to = device, save_to
         self.generator = torch.Generator().manual_seed(seed)
-        self.part = Part("search", "An adversary does not get an error above its bound.", "head-steps")
+        self.part = Part("search", "an adversary does not get an error above its bound", "head-steps")
         self.best: dict[str, Found] = {}
         self.lanes: dict[str, Found] = {}
         self.evaluations = self.restarts = self.undecided = 0
@@ -278,6 +278,7 @@ class Search:
         figures["by_family"] = {name: {"share": found.share, "case": found.name} for name, found in families.items()}
         closest = max(families.values(), key=lambda found: found.share, default=None)
         if closest is not None:
+            figures["largest_error_over_bound"] = closest.share
             figures["closest"] = {"share": closest.share, "case": closest.name, "family": closest.family}
             if self.save_to is not None:
                 for name, found in {**families, "closest": closest}.items():
