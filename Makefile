@@ -5,12 +5,13 @@ VENV ?= .venv
 OLDEST := $(VENV)-oldest
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 1
 PIP := -m pip install --quiet --disable-pip-version-check
 
 # What runs every branch of the mathematics (bounds, codecs, ladder, records).
 COVERING := $(addprefix tests/test_,bounds.py codecs.py ladder.py records.py)
 
-.PHONY: demo test lint unit coverage oldest measure clean
+.PHONY: demo test lint unit coverage verify oldest measure clean
 
 demo: $(VENV)/.installed
 	$(BIN)/certkv demo --out demo_out
@@ -33,6 +34,10 @@ coverage: $(VENV)/.installed
 # The behaviour tests on the oldest transformers that is supported.
 oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/test_generate.py tests/test_layers.py tests/test_handles.py
+
+# A short attack on the certificate: every part does a little (docs/soundness.md).
+verify: $(VENV)/.installed
+	$(BIN)/certkv verify --minutes $(MINUTES)
 
 # The figures of docs/measurements.md (about an hour on two cores); TEXT is a book as plain text.
 measure: $(VENV)/.installed

@@ -17,7 +17,7 @@ def main(
     text: Annotated[Path | None, typer.Option(help="a book as plain text that the prose model was not trained on")] = None,
 ) -> None:
     """Measure one part or all, then write the tables."""
-    from benchmarks import audit, formats, greedy, memory, tables, tightness
+    from benchmarks import audit, formats, greedy, memory, soundness_tables, tables, tightness
 
     if part not in (*PARTS, "all", "tables"):
         raise typer.BadParameter(f"{part!r}: expected one of {', '.join(PARTS)}, all, tables")
@@ -33,6 +33,7 @@ def main(
     if "memory" in chosen:
         memory.measure()
     tables.write()
+    soundness_tables.write()
 
 
 if __name__ == "__main__":

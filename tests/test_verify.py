@@ -1,0 +1,142 @@
+"""`certkv verify`: the scorecard, its command, and that it fails when something is broken."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_certkv import InputError, bounds
+from hf_certkv.cli import app
+from hf_certkv.verify import planted_bugs, relations, scorecard
+from hf_certkv.verify.parts import Clock, Part
+from hf_certkv.verify.scorecard import NAMES, verify
+
+WITNESS = Path(__file__).parents[1] / "benchmarks" / "witnesses" / "closest.safetensors"
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["verify", *arguments])
+
+
+def test_a_short_run_passes_and_writes_what_it_printed(tmp_path: Path) -> None:
+    out = tmp_path / "card.json"
+    result = run("--minutes", "0", "--only", "fuzz", "--only", "relations", "--json", str(out))
+    assert result.exit_code == 0, result.output
+    assert "nothing was broken" in result.stdout
+    card = json.loads(out.read_text())
+    assert card["passed"] is True and set(card["parts"]) == {"fuzz", "relations"}
+    assert card["machine"]["torch"] == torch.__version__
+    for part in card["parts"].values():
+        assert part["checked"] > 0 and part["failed"] == 0
+        assert f"{part['checked']:,}" in result.stdout
+
+
+def test_a_broken_bound_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    original = bounds.value_error
+    monkeypatch.setattr(bounds, "value_error", lambda *given: original(*given) / 4)
+    result = run("--minutes", "0", "--only", "search", "--save-to", str(tmp_path / "found"))
+    assert result.exit_code == 1
+    assert "SOMETHING WAS BROKEN" in result.stdout
+    assert list((tmp_path / "found").glob("*.safetensors"))
+
+
+def test_a_part_that_breaks_down_is_a_failure_and_the_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(clock: Clock, device: torch.device, seed: int) -> Part:
+        raise ZeroDivisionError("of all things")
+
+    entries = (scorecard.Entry("broken", 1.0, broken), scorecard.Entry("relations", 1.0, relations.run))
+    monkeypatch.setattr(scorecard, "ENTRIES", entries)
+    card = verify(0.0)
+    assert not card.passed
+    assert [part.passed for part in card.parts] == [False, True]
+    assert "of all things" in card.parts[0].failures[0]
+
+
+def test_a_part_that_checks_nothing_does_not_pass() -> None:
+    assert not Part("empty", "nothing", "things").passed
+    skipped = Part("skipped", "nothing", "things", skipped="no reason")
+    assert not scorecard.Scorecard((skipped,), 0.0, "cpu", 0, 0.0).passed
+
+
+def test_plants_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Base:
+        number = 1
+
+    class Derived(Base):
+        other = 2
+
+    patches = planted_bugs.Patches()
+    for value in (5, 6):
+        patches.setattr(Derived, "number", value)
+        patches.setattr(Derived, "other", value)
+    assert (Derived.number, Derived.other) == (6, 6)
+    patches.undo()
+    assert (Derived.number, Derived.other) == (1, 2) and "number" not in Derived.__dict__
+
+
+def test_without_the_repository_planted_bugs_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planted_bugs, "TESTS", tmp_path)
+    part = planted_bugs.run(Clock(0.0), torch.device("cpu"), 0)
+    assert part.checked == 0 and "clone" in part.skipped
+
+
+def test_a_survivor_fails_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = planted_bugs.load()
+    assert registry is not None
+    plant = next(iter(registry.PLANTS.values()))
+    harmless = type(plant)("harmless", plant.where, "nothing at all", lambda patch: None, list)
+    monkeypatch.setattr(registry, "PLANTS", {"harmless": harmless})
+    monkeypatch.setattr(planted_bugs, "load", lambda: registry)
+    part = planted_bugs.run(Clock(0.0), torch.device("cpu"), 0)
+    assert part.failed == 1 and "nothing at all" in part.failures[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ({"only": ("fuz",)}, "fuzz"),
+        ({"device": "tpu9"}, "device"),
+        ({"minutes": -1.0}, "minutes"),
+        ({"minutes": float("nan")}, "minutes"),
+        ({"workers": 0}, "workers"),
+        ({"head_steps": 0}, "head_steps"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_refused_before_any_work(given: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        verify(**{"minutes": 0.0, **given})
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    missing = tmp_path / "no"
+    for arguments in (("--only", "fuz"), ("--replay", str(missing)), ("--json", str(missing / "card.json"))):
+        result = run("--minutes", "0", *arguments)
+        assert result.exit_code == 2
+        assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: ")
+
+
+def test_a_witness_is_replayed() -> None:
+    result = run("--replay", str(WITNESS))
+    assert result.exit_code == 0, result.output
+    share = float(result.stdout.split("error / bound:")[1].split()[0])
+    assert 0.9 < share <= 1
+
+
+def test_names_are_those_of_the_parts() -> None:
+    assert len(set(NAMES)) == len(NAMES) == 7
+
+
+def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("hf_certkv.verify")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "flint", None)
+    result = run("--minutes", "0")
+    assert result.exit_code == 2
+    assert "hf_certkv[verify]" in result.stderr
