@@ -111,7 +111,7 @@ def others() -> str:
     planted = attacks["parts"]["planted bugs"]["figures"]
     return (
         f"**Faults, relations, planted bugs.** {planted['caught']} of {planted['planted']} planted bugs are caught. Branch "
-        "coverage of `bounds.py`, `codecs.py`, `ladder.py` and `certificate.py` is 100 % (`make coverage` fails below that).\n\n"
+        "coverage of `bounds.py`, `codecs.py`, `ladder.py` and `certificate.py` is 100 % (`make coverage` fails below).\n\n"
         + table(("part", "what holds", "checked", "failed"), rows)
         + f"\n\n{provenance(attacks)}"
     )
