@@ -18,7 +18,7 @@ from ..errors import MissingDependencyError
 
 try:
     import flint
-except ImportError as error:  # pragma: no cover - the tests are run with the extra installed
+except ImportError as error:
     raise MissingDependencyError(
         "The exact oracle needs python-flint (ball arithmetic). Install it with `pip install 'hf_certkv[verify]'`."
     ) from error
