@@ -83,7 +83,8 @@ def mean_radius(moment: Tensor, residual: Tensor, apart: Tensor, reach: Tensor, 
     off = 1.01 * gamma(terms + 8) * reach.square() + 8 * TINY * terms * terms * (1 + reach)
     read = 2 * UNIT_ROUNDOFF * reach + TINY * terms  # the kernel's values are rounded to float32
     mean = (torch.sqrt(moment.clamp_min(0.0) + off) + read + residual + apart) * OUTWARD
-    return torch.where(mean < reach, mean, reach)  # also where the mean overflowed
+    # Where a sum of the moment overflowed, whichever way, it says nothing.
+    return torch.where(torch.isfinite(moment) & (mean < reach), mean, reach)
 
 
 def key_error(mass: Tensor, root_square_mass: Tensor, shift: Tensor, shift_l2: Tensor) -> Tensor:

@@ -171,7 +171,7 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         with self._all_or_nothing():
             carry_out = [layer.prepare_crop(tokens_to_remove) for layer in self.certified_layers]
             for layer in self.layers:
-                if not isinstance(layer, CertifiedLayer):
+                if not isinstance(layer, CertifiedLayer) and getattr(layer, "is_initialized", True):
                     layer.crop(tokens_to_remove)
             with uninterrupted():
                 for part in carry_out:

@@ -109,6 +109,8 @@ def check_out(path: Path | None) -> None:
     """Refuse a file that could not be written, before the long work."""
     if path is not None and not path.expanduser().parent.is_dir():
         fail(f"--json {path}: there is no folder {str(path.parent)!r}.")
+    if path is not None and not os.access(path.expanduser().parent, os.W_OK):
+        fail(f"--json {path}: nothing can be written to the folder {str(path.parent)!r}.")
 
 
 def write_json(path: Path, data: Any) -> None:

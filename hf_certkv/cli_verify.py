@@ -26,9 +26,11 @@ Replay = Annotated[
 
 
 def verify(
-    minutes: Annotated[float, typer.Option("--minutes", "-t", min=0.0, help="How long to go on, all parts together.")] = 5.0,
+    minutes: Annotated[
+        float, typer.Option("--minutes", "-t", min=0.0, help="How long to go on, all parts together; about one at least.")
+    ] = 5.0,
     device: Annotated[Device, typer.Option(help="Where the cache runs. The oracle runs on the CPU.")] = Device.cpu,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other attacks.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another seed, other attacks.")] = 0,
     only: Only = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes for the random cases.")] = 1,
     head_steps: Annotated[int | None, typer.Option(min=1, help="Stop the random cases after so many head-steps.")] = None,
@@ -40,6 +42,8 @@ def verify(
     with friendly():
         check_out(json_file)
         if replay is not None:
+            if only or save_to is not None or json_file is not None or head_steps is not None:
+                fail("--replay judges one case and prints the result: leave --only, --save-to, --json and --head-steps out.")
             _replay(replay, _resolve(device))
             return
         from .verify.scorecard import verify as run
@@ -98,11 +102,10 @@ def show(card: Scorecard) -> None:
 
 
 def _replay(path: Path, device: str) -> Any:
-    import torch
-
+    from .verify.scorecard import usable_device
     from .verify.witness import replay
 
-    verdict = replay(path, torch.device(device))
+    verdict = replay(path, usable_device(device))
     out = console_for(stderr=False)
     for breach in verdict.breaches:
         out.print(Text(breach, style="bold red"))

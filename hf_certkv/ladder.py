@@ -40,7 +40,7 @@ class Costs:
 
 def head_budget(rtol: float, atol: float, output_norm: Tensor) -> Tensor:
     """atol + rtol * ||O||, rounded down: float64, shaped as `output_norm`   [section 1]."""
-    return (atol + rtol * output_norm) * (1 - 2.0**-30)
+    return (float(atol) + float(rtol) * output_norm) * (1 - 2.0**-30)
 
 
 def water_level(bound: Tensor, budget: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ class StepJournal:
         if not self._journal:
             self._begin_step(layer_idx)
         self._journal[layer_idx] = _checkpoint(layer)
-        if isinstance(layer, CertifiedLayer):
-            self._check_lengths(layer)
+        if isinstance(layer, (CertifiedLayer, DynamicLayer)):
+            self._check_lengths(layer_idx, _length_of(layer))
 
     def _begin_step(self, layer_idx: int) -> None:
         """Refuse what was the middle of a step until that step was undone, by another thread or after an error."""
@@ -56,14 +56,13 @@ class StepJournal:
             )
         self._step_thread = threading.current_thread()
 
-    def _check_lengths(self, layer: CertifiedLayer) -> None:
+    def _check_lengths(self, layer_idx: int, length: int) -> None:
         """Refuse to go on where an earlier forward pass ended between two layers, outside this cache's sight."""
-        length = layer.sequence_length
         if self._step_length is None:
             self._step_length = length
         elif length != self._step_length:
             raise CacheStateError(
-                f"Layer {layer.layer_idx} holds {length} tokens, an earlier layer held {self._step_length} before this step: "
+                f"Layer {layer_idx} holds {length} tokens, an earlier layer held {self._step_length} before this step: "
                 "an earlier forward pass was interrupted between layers, or another model used the cache. Call `rollback()` to "
                 "go on with the tokens that all layers hold, or `reset()`."
             )
@@ -170,9 +169,9 @@ class StepJournal:
                     for layer in self.certified_layers:
                         layer.reset()
                 carry_out = [layer.prepare_crop(shortest - layer.sequence_length) for layer in self.certified_layers]
-                for layer in self.layers:
-                    if not isinstance(layer, CertifiedLayer) and _length_of(layer) > shortest:
-                        layer.crop(shortest - _length_of(layer))
+                for i, length in self._held().items():
+                    if not isinstance(self.layers[i], CertifiedLayer) and length > shortest:
+                        _crop(self.layers[i], i, shortest - length)
                 with uninterrupted():
                     for part in carry_out:
                         part()
@@ -255,6 +254,15 @@ def _checkpoint(layer: Any) -> Callable[[], None]:
         layer.__dict__.update(before)
 
     return undo
+
+
+def _crop(layer: Any, layer_idx: int, tokens_to_remove: int) -> None:
+    """Crop one of transformers' own layers. Raises: CacheStateError: it cannot go back."""
+    try:
+        layer.crop(tokens_to_remove)
+    except RuntimeError as error:
+        why = f"Layer {layer_idx} cannot go back by {-tokens_to_remove} tokens: {error}"
+        raise CacheStateError(f"{why} Call `reset()`.") from error
 
 
 def _length_of(layer: Any) -> int:

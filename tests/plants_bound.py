@@ -23,6 +23,7 @@ from hf_certkv.verify.worst_cases import (
     heavy_tail,
     hidden_by_rounding,
     long_dot,
+    moment_overflows,
     negative_scale,
     one_value,
     read_at_the_output,
@@ -230,6 +231,12 @@ BOUND = [
         "values as read taken for the originals in the radius",
         arguments(bounds, "mean_radius", lambda moment, residual, *rest: (moment, residual * 0, *rest)),
         by_oracle(read_at_the_output, 1.0, 0.05),
+    ),
+    plant(
+        "overflow of a moment",
+        "a moment of minus infinity taken for 0",
+        arguments(bounds, "mean_radius", lambda moment, *rest: (moment.clamp_min(0.0), *rest)),
+        by_oracle(moment_overflows),
     ),
     plant(
         "cap with half the radius",

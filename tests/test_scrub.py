@@ -189,3 +189,31 @@ def test_rollback_after_an_interrupt_in_the_models_own_code(kind: str, at: int) 
         model(ids[:, :1], past_key_values=clean, use_cache=True)
         logits = [model(ids[:, 1:2], past_key_values=one, use_cache=True).logits for one in (cache, clean)]
     assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_an_interrupt_behind_a_sliding_layer_is_noticed(at_once: bool) -> None:
+    """Layers of transformers' own count too: one that is ahead of the quantised ones must not go on."""
+    model = build_model("gemma2", attention="certkv")
+    assert model.config.layer_types[0] == "sliding_attention"
+    cache, clean, ids = new_cache(model, rtol=0.0), new_cache(model, rtol=0.0), prompt(330)
+    with torch.no_grad():
+        for one in (cache, clean):
+            model(ids, past_key_values=one, use_cache=True)
+
+        def fail(*_: Any) -> None:
+            raise ValueError("of the model's own")
+
+        hook = model.model.layers[0].mlp.register_forward_hook(fail)
+        with pytest.raises(ValueError, match="own"):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+        hook.remove()
+        if at_once:
+            assert cache.rollback() == 330
+            logits = [model(ids[:, 1:2], past_key_values=one, use_cache=True).logits for one in (cache, clean)]
+            assert torch.equal(logits[0], logits[1])
+        else:
+            with pytest.raises(CacheStateError, match="rollback"):
+                model(ids[:, :1], past_key_values=cache, use_cache=True)
+            with pytest.raises(CacheStateError, match="reset"):  # a full window cannot go back
+                cache.rollback()

@@ -227,4 +227,5 @@ def score_weights(query: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     slack = query.shape[-1] * 2.0**-60  # what underflow of a product of relative numbers can hide, generously
     l1 = (unit @ relative.mT).double() + slack
     l2 = ((unit * unit) @ (relative * relative).mT).double().sqrt() + slack
-    return l1 * factor, l2 * factor
+    hidden = TINY * widest.double()  # of each channel of the query, where subnormal numbers are flushed
+    return l1 * factor + query.shape[-1] * hidden, l2 * factor + query.shape[-1] ** 0.5 * hidden

@@ -95,7 +95,7 @@ def verify(
     Raises: InputError: an unknown part, no such device, or a number out of range.
     """
     entries = _chosen(only)
-    where = _device(device)
+    where = usable_device(device)
     if not (minutes >= 0 and workers >= 1 and (head_steps is None or head_steps >= 1)):
         given = f"minutes={minutes}, workers={workers}, head_steps={head_steps}"
         raise InputError(f"{given}: expected minutes of 0 or more, and at least 1 of the others.")
@@ -130,7 +130,8 @@ def _chosen(only: tuple[str, ...]) -> tuple[Entry, ...]:
     return tuple(entry for entry in ENTRIES if not only or entry.name in only)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if tensors can be put on it. Raises: InputError: they cannot."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found)

@@ -83,7 +83,7 @@ def load_witness(path: Path) -> Witness:
         raise InputError(f"{path}: expected a witness in the safetensors format, got something else ({error}).") from error
     try:
         about = json.loads(text or "")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or a number of too many digits
         raise InputError(f"{path}: expected JSON under {KEY!r} in the metadata, got {str(text)[:40]!r}.") from error
     if not isinstance(about, dict) or (about.get("format"), about.get("version")) != (FORMAT, VERSION):
         given = (about.get("format"), about.get("version")) if isinstance(about, dict) else type(about).__name__
@@ -130,6 +130,8 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor]) -> None:
         fits = fits and mask.dtype in (torch.bool, torch.float32, query.dtype)
     if sinks is not None:
         fits = fits and sinks.shape == query.shape[1:2] and sinks.is_floating_point()
+    if not all(bool(torch.isfinite(tensors[name]).all()) for name in (*NEEDED, "sinks") if name in tensors):
+        raise InputError(f"{path}: expected finite numbers in query, keys, values and sinks: the oracle is exact.")
     if not fits:
         raise InputError(f"{path}: expected the tensors of one attention call, got the shapes {shapes} and {query.dtype}.")
 
@@ -142,7 +144,7 @@ def _number(path: Path, about: dict[str, Any], name: str) -> float | None:
         number = float.fromhex(given)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if math.isnan(number) or (name != "share" and math.isinf(number)):
+    if math.isnan(number) or (name != "share" and math.isinf(number)) or (name == "softcap" and number == 0):
         raise InputError(f"{path}: expected {name!r} as a hexadecimal float, got {str(given)[:40]!r}.")
     return number
 

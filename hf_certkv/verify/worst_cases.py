@@ -278,6 +278,18 @@ def sums_overflow() -> Case:
     return Case(torch.zeros(1, 4, 1, 8), torch.zeros(1, 2, 81, 8), v, settings={"rtol": 1.0, "refine": "off"})
 
 
+def moment_overflows() -> Case:
+    """Values at the output's scale overflow the product of output and block: what is left of the moment is minus infinity."""
+    channels = 8
+    keys = torch.full((1, 1, 17, channels), -4 + 8 / 255 * 130.75)
+    keys[:, :, 0], keys[:, :, 16] = -4.0, 1.9
+    for channel in range(channels):
+        keys[:, :, 1 + channel, channel] = 4.0
+    values = torch.full((1, 1, 17, channels), 32768.0)
+    values[:, :, 16] = 1e34
+    return Case(torch.ones(1, 1, 1, channels), keys, values)
+
+
 TIGHT: dict[str, tuple[Case, float]] = {
     "equal values": (equal_values(), 0.99),
     "equal values, 8 bits": (equal_values(value_bits=8), 0.9),
