@@ -290,10 +290,11 @@ def sections() -> list[str]:
 def choice_of_defaults() -> str:
     """Why the defaults are what they are, in words; the figures are the tables' above."""
     return (
-        "The defaults follow from these tables and the ones below. **rtol 0.02**: more than nine in ten greedy tokens in float32 "
-        "equal the dense cache's, with a margin that 0.05 does not leave. **Blocks of 64**: larger "
-        "ones leave more of a short context exact and promote more bytes at a time; at 16 tokens the key scales alone cost 32 "
-        "bytes a token. **Value groups of 32**: groups of 16 buy little for their bytes; at 64 the bound is a little wider. "
+        "The defaults follow from these tables and the ones below. **rtol 0.02**: more than nine in ten greedy tokens in "
+        "float32 equal the dense cache's, with a margin that 0.05 does not leave. **Blocks of 64**: larger "
+        "ones leave more of a short "
+        "context exact and promote more bytes at a time; at 16 tokens the key scales alone cost 32 bytes a token. "
+        "**Value groups of 32**: groups of 16 buy little for their bytes; at 64 the bound is a little wider. "
         "**Refinement planes on the host**: they cut what a promotion moves to a quarter and cost no device memory; on the "
         "device they save the traffic and cost a quarter of the dense cache."
     )

@@ -368,7 +368,8 @@ def test_score_weights_are_sums_of_magnitudes(sign: float) -> None:
         l1, l2 = score_weights(query, step)
         parts = query.double().abs().unsqueeze(3) * step.double().abs().unsqueeze(2)
         assert bool((l1 >= parts.sum(-1)).all()) and bool((l2 >= parts.norm(dim=-1)).all())
-        assert bool((l1 <= parts.sum(-1) * 1.001 + 1e-12 * parts.amax()).all())
+        flushed = 8 * 2.0**-126 * float(step.double().abs().amax())  # what a query of subnormal channels may hide
+        assert bool((l1 <= parts.sum(-1) * 1.001 + 1e-12 * parts.amax() + flushed * 1.001).all())
 
 
 INCREASING = [name for name in NUMBERS if name != "exact_mass"]
