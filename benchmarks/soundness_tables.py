@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import README, ROOT, load, number, provenance, share, table
+from benchmarks.tables import README, ROOT, fill, load, number, provenance, share, table
 
 DOCUMENT = ROOT / "docs" / "soundness.md"
 
@@ -142,17 +140,10 @@ def summary() -> str:
     )
 
 
-def fill(path: Path, text: str) -> None:
-    """Put a text between the markers of a document."""
-    start, end = "<!-- soundness -->\n", "<!-- /soundness -->"
-    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
-    path.write_text(pattern.sub(lambda _: f"{start}{text}\n{end}", path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
 def write() -> None:
     """Write the generated parts of docs/soundness.md and of the README."""
-    fill(DOCUMENT, figures())
-    fill(README, summary())
+    fill(DOCUMENT, "soundness", figures())
+    fill(README, "soundness", summary())
 
 
 if __name__ == "__main__":

@@ -339,16 +339,16 @@ def rungs_dense(run: dict[str, Any]) -> float:
     return run["rung_share"]["dense_head"] + run["rung_share"]["dense_layer"]
 
 
+def fill(path: Path, name: str, part: str) -> None:
+    """Put a generated part between `<!-- name -->` and `<!-- /name -->` of a document."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(pattern.sub(lambda found: f"{found[1]}{part}\n{found[2]}", text), encoding="utf-8")
+
+
 def write() -> None:
-    """Write the document, and the README's parts between `<!-- name -->` and `<!-- /name -->`."""
+    """Write the document, and the README's generated parts."""
     DOCUMENT.parent.mkdir(exist_ok=True)
     DOCUMENT.write_text("\n\n".join(sections()) + "\n", encoding="utf-8")
-    if not README.exists():
-        return
-    text = README.read_text(encoding="utf-8")
     for name, part in readme_figures().items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        found = pattern.search(text)
-        if found is not None:
-            text = text[: found.start()] + found[1] + part + "\n" + found[2] + text[found.end() :]
-    README.write_text(text, encoding="utf-8")
+        fill(README, name, part)

@@ -42,6 +42,11 @@ class Plant:
     detect: Detect
 
 
+def kind(where: str) -> Callable[[str, str, Apply, Detect], Plant]:
+    """What makes plants of one kind from a name, the bug in words, what plants it and what finds it."""
+    return lambda name, text, apply, detect: Plant(name, where, text, apply, detect)
+
+
 def results(target: Any, name: str, change: Callable[..., Any]) -> Apply:
     """A function whose result is changed: `change(result, *arguments)`."""
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Patch, Plant, arguments, by_oracle, by_proof, instead, results
+from plants_base import Apply, Patch, arguments, by_oracle, by_proof, instead, kind, results
 from torch import Tensor
 
 from hf_certkv import bounds
@@ -98,9 +98,7 @@ def opposite(given: tuple[Any, ...]) -> Tensor:
     return ~given[6]
 
 
-def plant(name: str, text: str, apply: Apply, detect: Any) -> Plant:
-    """A bug in the bound."""
-    return Plant(name, "bound", text, apply, detect)
+plant = kind("bound")
 
 
 BOUND = [

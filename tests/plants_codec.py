@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Patch, Plant, by_oracle, by_proof, instead, results
+from plants_base import Apply, Patch, by_oracle, by_proof, instead, kind, results
 from torch import Tensor
 
 from hf_certkv import codecs
@@ -116,9 +116,7 @@ def largest_row(bound: Tensor, rows: Tensor, row_norm: Tensor) -> Tensor:
     return torch.minimum(bound, row_norm)
 
 
-def plant(name: str, text: str, apply: Apply, detect: Any) -> Plant:
-    """A bug in the codec."""
-    return Plant(name, "codec", text, apply, detect)
+plant = kind("codec")
 
 
 CODEC = [

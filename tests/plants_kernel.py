@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Detect, Patch, Plant, arguments, by_oracle, instead, results
+from plants_base import Apply, Detect, Patch, arguments, by_oracle, instead, kind, results
 from torch import Tensor
 
 from hf_certkv import codecs
@@ -166,9 +166,7 @@ def mean_steps(scale: Tensor) -> Tensor:
     return codecs.token_steps(scale).mean(-1, True).expand(scale.shape[:-1])
 
 
-def plant(name: str, text: str, apply: Apply, detect: Any) -> Plant:
-    """A bug in the kernel."""
-    return Plant(name, "kernel", text, apply, detect)
+plant = kind("kernel")
 
 
 KERNEL = [

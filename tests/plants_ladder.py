@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from plants_base import Apply, Detect, Patch, Plant, arguments, by_oracle, by_record, instead, results
+from plants_base import Apply, Detect, Patch, arguments, by_oracle, by_record, instead, kind, results
 from plants_kernel import under_autocast
 from torch import Tensor
 
@@ -211,9 +211,7 @@ def in_half(query: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> tuple[An
     return (query, keys, values.bfloat16(), *rest)
 
 
-def plant(name: str, text: str, apply: Apply, detect: Detect) -> Plant:
-    """A bug in the ladder."""
-    return Plant(name, "ladder", text, apply, detect)
+plant = kind("ladder")
 
 
 def budget(change: Callable[..., Tensor]) -> Apply:
