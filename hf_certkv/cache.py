@@ -136,9 +136,13 @@ class CertifiedQuantizedCache(StepJournal, Cache):
             raise CacheStateError(f"An earlier step failed and could not be undone: {self._broken}. Call `reset()`.")
         if layer_idx in self._journal:
             self._end_step()
-        with self.step_guard():
+        try:
             self._enter(layer_idx)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            with uninterrupted():
+                self._undo_step()
+            raise
 
     def update_conv_state(self, *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; written in place, so a step that fails after it cannot be undone."""

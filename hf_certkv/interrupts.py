@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+try:  # what `signal` is made of: the wrapper turns handlers into enums, at ten times the price, and steps come here often
+    import _signal as signals  # type: ignore[import-not-found]
+except ImportError:  # not CPython's way to build `signal`
+    signals = signal
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -17,15 +22,15 @@ def uninterrupted() -> Iterator[None]:
     Once inside, nothing gets lost and nothing is left out; before, Ctrl-C may still come, and what was to run inside does not.
     What must run nevertheless is run twice: `try: try: ... finally: tidy() finally: tidy()`, with a `tidy` that can be.
     """
-    before = signal.getsignal(signal.SIGINT)
+    before = signals.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield
         return
     received: list[tuple[Any, ...]] = []
-    signal.signal(signal.SIGINT, lambda *given: received.append(given))
+    signals.signal(signal.SIGINT, lambda *given: received.append(given))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signals.signal(signal.SIGINT, before)
         if received:  # whatever the process does about Ctrl-C: an exception, its end, nothing
             signal.raise_signal(signal.SIGINT)

@@ -6,6 +6,7 @@ each backend); mixing them makes the old getter raise. Here the newer one is use
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _here = threading.local()
 _put_back: Callable[[], None] | None = None  # by the last one out; None where the settings were full to begin with
 
 
+@functools.cache
 def _backends() -> list[Any]:
     """The backends whose float32 matrix products can be cut short; empty where torch has only the old way."""
     found = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
@@ -49,44 +51,55 @@ def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:
 
 
 class _Guard:
-    """One use of `full_precision`. Entering and leaving are not interrupted; leaving again does nothing."""
+    """One use of `full_precision`. Leaving again does nothing, and Ctrl-C at any line leaves something that can be left.
+
+    Where there is nothing to set, entering and leaving are single operations on lists; else they are not interrupted.
+    """
+
+    __slots__ = ("autocast", "device_type", "opened")
 
     def __init__(self, device_type: str) -> None:
-        self.autocast = torch.autocast(device_type, enabled=False)
-        self.entered = False
+        self.device_type = device_type
+        self.autocast: torch.autocast | None = None
+        self.opened = _opened()
 
     def enter(self) -> None:
         global _put_back
-        with uninterrupted():
-            self.autocast.__enter__()
-            with _lock:
-                _inside.append(self)
-                if _put_back is None and not _settings_are_full():
-                    _put_back = _set_full()
-            _opened().append(self)
-            self.entered = True
+        with _lock:
+            _inside.append(self)  # from here on nobody puts settings back
+            self.opened.append(self)
+            full = _put_back is not None or _settings_are_full()
+        if full and not torch.is_autocast_enabled(self.device_type):
+            return
+        with uninterrupted(), _lock:
+            autocast = torch.autocast(self.device_type, enabled=False)
+            autocast.__enter__()
+            self.autocast = autocast
+            if _put_back is None and not _settings_are_full():
+                _put_back = _set_full()
 
     def leave(self) -> None:
         global _put_back
-        if not self.entered:
-            return
-        with uninterrupted():
-            self.entered = False
-            _opened().remove(self)
-            with _lock:
-                _inside.remove(self)
-                if not _inside:
+        if self in self.opened:
+            self.opened.remove(self)
+        if self in _inside:
+            _inside.remove(self)
+        if self.autocast is not None:
+            with uninterrupted():
+                autocast, self.autocast = self.autocast, None
+                autocast.__exit__(None, None, None)
+        if _put_back is not None and not _inside:
+            with uninterrupted(), _lock:
+                if _put_back is not None and not _inside:  # nobody came meanwhile
                     put_back, _put_back = _put_back, None
-                    if put_back is not None:
-                        put_back()
-            self.autocast.__exit__(None, None, None)
+                    put_back()
 
 
 def _opened() -> list[_Guard]:
     """The guards that this thread has open, the innermost last."""
-    if not hasattr(_here, "opened"):
-        _here.opened = []
-    opened: list[_Guard] = _here.opened
+    opened: list[_Guard] | None = getattr(_here, "opened", None)
+    if opened is None:
+        opened = _here.opened = []
     return opened
 
 

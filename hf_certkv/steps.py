@@ -44,12 +44,12 @@ class StepJournal:
         if not self._journal:
             self._begin_step(layer_idx)
         self._journal[layer_idx] = _checkpoint(layer)
-        if isinstance(layer, (CertifiedLayer, DynamicLayer)):
+        if _counted(layer):
             self._check_lengths(layer_idx, _length_of(layer))
 
     def _begin_step(self, layer_idx: int) -> None:
         """Refuse what was the middle of a step until that step was undone, by another thread or after an error."""
-        if any(i < layer_idx and length for i, length in self._held().items()):
+        if any(_counted(layer) and _length_of(layer) for layer in self.layers[: max(layer_idx, 0)]):
             raise CacheStateError(
                 f"A step begins with the first layer, and this one with layer {layer_idx}: the step under way was undone, or "
                 "another thread uses this cache. Call `rollback()` and begin the forward pass again."
@@ -86,15 +86,15 @@ class StepJournal:
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
         """Refuse a second thread while one is inside; nothing has changed then."""
-        mine, guards = object(), guards_open()
+        visit = _Visit()
         try:
             try:
-                self._turn.take(mine)
+                self._turn.take(visit)
                 yield
             finally:
-                self._turn.give_back(mine, guards)
+                self._turn.give_back(visit)
         finally:
-            self._turn.give_back(mine, guards)  # again: Ctrl-C may have kept the first from beginning
+            self._turn.give_back(visit)  # again: Ctrl-C may have kept the first from beginning
 
     def _undo_step(self) -> None:
         self.recorder.discard()
@@ -114,9 +114,8 @@ class StepJournal:
 
         Raises: CacheStateError: it is another thread's, and that one has not come through all layers.
         """
-        held = self._held()
         theirs = self._step_thread not in (None, threading.current_thread()) and self._step_thread.is_alive()
-        if theirs and self._journal and any(held[i] and i not in self._journal for i in held):
+        if theirs and self._journal and any(length and i not in self._journal for i, length in self._held().items()):
             raise CacheStateError(
                 "Another thread is in the middle of a step on this cache. Give each thread its own cache, or take turns; if "
                 "that thread has given up, call `rollback()`."
@@ -126,7 +125,7 @@ class StepJournal:
     def _close_step(self) -> None:
         """Whatever step there was is over."""
         with uninterrupted():
-            if len({length for length in self._held().values() if length}) > 1:
+            if len(self._lengths() - {0}) > 1:
                 self.recorder.discard()
             self._journal.clear()
             self._step_length = None
@@ -182,41 +181,48 @@ class StepJournal:
 
     def _lengths(self) -> set[int]:
         """The numbers of tokens that layers hold; one number between steps."""
-        return set(self._held().values())
+        return {_length_of(layer) for layer in self.layers if _counted(layer)}
 
     def _held(self) -> dict[int, int]:
         """The numbers of tokens that layers hold, by index."""
-        layers = enumerate(self.layers)
-        return {i: _length_of(layer) for i, layer in layers if isinstance(layer, (CertifiedLayer, DynamicLayer))}
+        return {i: _length_of(layer) for i, layer in enumerate(self.layers) if _counted(layer)}
+
+
+class _Visit:
+    """One stay inside. Attributes: thread: whose; guards: of `full_precision`, how many that thread had open before."""
+
+    __slots__ = ("guards", "thread")
+
+    def __init__(self) -> None:
+        self.thread, self.guards = threading.get_ident(), guards_open()
 
 
 class _Turn:
-    """Whose turn it is: one thread's at a time, which may come in more than once. Asking never waits."""
+    """Whose turn it is: one thread's at a time, which may come in more than once. Asking never waits.
+
+    Whoever comes stands in line, and the thread of the first visit is the one that may go on: the others leave again. To join
+    the line and to leave it are single operations on a list, which other threads and Ctrl-C find done or not done. So this
+    needs no lock and keeps no signal back, and a visit that is in the line, however that came, can be taken out of it.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a guard that Ctrl-C left open may be collected while its own thread holds the lock
-        self._inside: list[object] = []
-        self._thread: int | None = None
+        self._line: list[_Visit] = []
 
-    def take(self, token: object) -> None:
-        """Come in. Raises: CacheStateError: another thread is inside."""
-        with uninterrupted(), self._lock:
-            if self._inside and self._thread != threading.get_ident():
-                raise CacheStateError(
-                    "Another thread is using this cache at the same time. Give each thread its own cache, or take turns."
-                )
-            self._thread = threading.get_ident()
-            self._inside.append(token)
+    def take(self, visit: _Visit) -> None:
+        """Come in; to be followed by `give_back` whatever happens. Raises: CacheStateError: another thread is inside."""
+        self._line.append(visit)
+        if self._line[0].thread != visit.thread:
+            raise CacheStateError(
+                "Another thread is using this cache at the same time. Give each thread its own cache, or take turns."
+            )
 
-    def give_back(self, token: object, guards: int) -> None:
-        """Go out, if inside. Args: guards: of `full_precision`, how many were open before."""
-        if token not in self._inside:
+    def give_back(self, visit: _Visit) -> None:
+        """Go out, if inside; what the visit's thread has opened of `full_precision` meanwhile is left."""
+        if visit not in self._line:
             return
-        if self._thread == threading.get_ident():
-            leave_all_but(guards)
-        with uninterrupted(), self._lock:
-            if token in self._inside:
-                self._inside.remove(token)
+        if visit.thread == threading.get_ident():  # not so where a guard that Ctrl-C left open is collected in another thread
+            leave_all_but(visit.guards)
+        self._line.remove(visit)
 
 
 def _everything(layer: Any) -> Callable[[], None]:
@@ -224,12 +230,13 @@ def _everything(layer: Any) -> Callable[[], None]:
     attributes = dict(layer.__dict__)
     parts: list[Callable[[], None]] = []
     if isinstance(layer, CertifiedLayer) and layer.shadow is not None:
-        store, blocks, tail = layer.store, layer.store.blocks, layer.tail
-        lengths = [buffer.length for buffer in tail]
+        store, blocks, exact = layer.store, layer.store.blocks, layer.exact
+        lengths = [buffer.length for buffer in exact]
 
         def lengthen() -> None:
+            layer.forget()
             store.truncate(blocks)
-            for buffer, length in zip(tail, lengths, strict=True):
+            for buffer, length in zip(exact, lengths, strict=True):
                 buffer.length = length
 
         parts = [layer.shadow.checkpoint(), lengthen]
@@ -263,6 +270,11 @@ def _crop(layer: Any, layer_idx: int, tokens_to_remove: int) -> None:
     except RuntimeError as error:
         why = f"Layer {layer_idx} cannot go back by {-tokens_to_remove} tokens: {error}"
         raise CacheStateError(f"{why} Call `reset()`.") from error
+
+
+def _counted(layer: Any) -> bool:
+    """Whether a layer holds every token that it was given, so that its length is that of the others."""
+    return isinstance(layer, (CertifiedLayer, DynamicLayer))
 
 
 def _length_of(layer: Any) -> int:
