@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,19 @@ from .codecs import KeyCodec, ValueCodec
 from .config import CertKVConfig
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
+from .memo import BlockMemo
+from .originals import Originals
 from .shadow import ShadowPages
 from .store import BlockStore, GrowingBuffer, HotSlots, slice_across
 
 if TYPE_CHECKING:
     from .cache import CertifiedQuantizedCache
 
+T = TypeVar("T")
 QUANTISABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class CertifiedLayer(CacheLayerMixin):
+class CertifiedLayer(Originals, CacheLayerMixin):
     """One layer's keys and values: codes on the device, originals in host pages.
 
     Args:
@@ -47,15 +50,16 @@ class CertifiedLayer(CacheLayerMixin):
         self.key_codec = KeyCodec(refine=config.refine != "off")
         self.value_codec = ValueCodec(config.value_bits, config.value_scale_channels, refine=config.refine != "off")
         self.epoch = 0
+        self._memo = BlockMemo()
         super().__init__()
         self._clear()
 
     def _clear(self) -> None:
+        self.forget()
         self.is_initialized = False
         self.sequence_length = 0
         self.new_tokens = 0
-        self.sink: tuple[Tensor, Tensor] | None = None
-        self.tail = (GrowingBuffer(), GrowingBuffer())
+        self.exact = (GrowingBuffer(), GrowingBuffer())
         self.store = BlockStore(self.key_codec, self.value_codec, self.config.refine)
         self.hot = HotSlots(self.config.hot_blocks)
         self.wanted: tuple[Tensor, Tensor, Tensor] | None = None
@@ -71,34 +75,9 @@ class CertifiedLayer(CacheLayerMixin):
         return owner
 
     @property
-    def keys(self) -> Tensor | None:
-        """The exact originals `[batch, kv_heads, tokens, channels]`, put together on every access; None while empty."""
-        return self.materialise(KEYS) if self.sequence_length else None
-
-    @keys.setter
-    def keys(self, value: None) -> None:
-        if value is not None:
-            raise InputError("The keys of a certified layer are written by `update` only.")
-
-    @property
-    def values(self) -> Tensor | None:
-        """The exact originals, as `keys`."""
-        return self.materialise(VALUES) if self.sequence_length else None
-
-    @values.setter
-    def values(self, value: None) -> None:
-        if value is not None:
-            raise InputError("The values of a certified layer are written by `update` only.")
-
-    @property
     def block(self) -> int:
         """Tokens a block."""
         return self.config.block_size
-
-    @property
-    def sink_tokens(self) -> int:
-        """Exact tokens at the start, 0 while nothing is quantised."""
-        return self.config.sink_blocks * self.block if self.store.blocks else 0
 
     def finished_blocks(self, length: int) -> int:
         """How many blocks of a cache of `length` tokens are quantised."""
@@ -118,31 +97,31 @@ class CertifiedLayer(CacheLayerMixin):
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
         """Refuse what does not fit, before anything changes."""
-        given = f"keys {tuple(key_states.shape)} {key_states.dtype}, values {tuple(value_states.shape)} {value_states.dtype}"
-        if key_states.dim() != 4 or value_states.dim() != 4 or key_states.shape[:3] != value_states.shape[:3]:
+        keys, values = key_states.shape, value_states.shape
+        if len(keys) != 4 or len(values) != 4 or keys[:3] != values[:3]:
             raise InputError(
-                f"Layer {self.layer_idx}: {given}: expected two tensors [batch, kv_heads, new_tokens, channels] that agree in "
-                "all but the last size."
+                f"Layer {self.layer_idx}: {_words(key_states, value_states)}: expected two tensors [batch, kv_heads, "
+                "new_tokens, channels] that agree in all but the last size."
             )
         if key_states.dtype != value_states.dtype:
             raise InputError(
-                f"Layer {self.layer_idx}: {given}: expected one dtype for both. Under autocast, rotary embeddings make keys "
-                "float32 and leave values 16-bit: load the model in one dtype (`dtype=torch.bfloat16`) and leave autocast out."
+                f"Layer {self.layer_idx}: {_words(key_states, value_states)}: expected one dtype for both. Under autocast, "
+                "rotary embeddings make keys float32 and leave values 16-bit: load the model in one dtype "
+                "(`dtype=torch.bfloat16`) and leave autocast out."
             )
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+        if (key_states.requires_grad or value_states.requires_grad) and torch.is_grad_enabled():
             raise GradientError(
                 "The keys require gradients, and a quantised cache cannot be differentiated through. Run the model under "
                 "`torch.no_grad()` (as `generate` does), or use a DynamicCache for training."
             )
         if not self.is_initialized:
             return
-        expected = ((self.batch, self.heads, self.widths[0]), (self.batch, self.heads, self.widths[1]))
-        actual = tuple((*part.shape[:2], part.shape[3]) for part in (key_states, value_states))
-        if expected != actual or key_states.dtype != self.dtype or key_states.device != self.device:
+        same = (keys[0], keys[1]) == (self.batch, self.heads) and (keys[3], values[3]) == self.widths
+        if not same or key_states.dtype != self.dtype or key_states.device != self.device:
             raise InputError(
-                f"Layer {self.layer_idx}: {given} on {key_states.device}: expected batch {self.batch}, {self.heads} KV heads, "
-                f"channels {self.widths}, {self.dtype} on {self.device}, as the tokens already held. Use a new cache, or "
-                "`reset()` this one."
+                f"Layer {self.layer_idx}: {_words(key_states, value_states)} on {key_states.device}: expected batch "
+                f"{self.batch}, {self.heads} KV heads, channels {self.widths}, {self.dtype} on {self.device}, as the tokens "
+                "already held. Use a new cache, or `reset()` this one."
             )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -177,13 +156,14 @@ class CertifiedLayer(CacheLayerMixin):
         """What brings this layer back to how it is now, as long as only `update` came between. Reads and allocates nothing."""
         if not self.is_initialized:
             return self._clear
-        tail, sink, blocks = self.tail, self.sink, self.store.blocks
-        lengths = (tail[0].length, tail[1].length)
+        exact, blocks = self.exact, self.store.blocks
+        lengths = (exact[0].length, exact[1].length)
         tokens, new_tokens = self.sequence_length, self.new_tokens
 
         def undo() -> None:
-            self.tail, self.sink = tail, sink
-            tail[0].length, tail[1].length = lengths
+            self.forget()
+            self.exact = exact
+            exact[0].length, exact[1].length = lengths
             self.sequence_length, self.new_tokens = tokens, new_tokens
             self.wanted = None
             self.epoch += 1
@@ -197,64 +177,41 @@ class CertifiedLayer(CacheLayerMixin):
     def _append(self, key_states: Tensor, value_states: Tensor) -> None:
         """Put new tokens behind the tail, finishing the blocks that the new length finishes. Atomic."""
         assert self.shadow is not None
-        length = self.sequence_length + key_states.shape[2]
-        target = self.finished_blocks(length)
-        new = (key_states.detach(), value_states.detach())
-        held = self.tail[0].length
-        if target == self.store.blocks:
+        target = self.finished_blocks(self.sequence_length + key_states.shape[2])
+        new = tuple(part.detach() if part.requires_grad else part for part in (key_states, value_states))
+        held, before = self.exact[0].length, self.store.blocks
+        if target == before:
             # Written tokens count only when both are written.
-            for buffer, part in zip(self.tail, new, strict=True):
+            for buffer, part in zip(self.exact, new, strict=True):
                 buffer.write(part)
-            self.tail[0].length = self.tail[1].length = held + key_states.shape[2]
+            self.exact[0].length = self.exact[1].length = held + key_states.shape[2]
             return
         # Everything that can fail is done on new objects or on unused room; the assignments at the end cannot.
-        first = self.store.blocks == 0
-        start = self.config.sink_blocks * self.block if first else 0
-        count = (target - self.store.blocks) * self.block
-        finished, tails = [], []
-        for buffer, part in zip(self.tail, new, strict=True):
-            finished.append(slice_across(buffer, part, held, start, start + count))
-            tail = GrowingBuffer(self.config.recent_window + self.block)
-            tail.append(slice_across(buffer, part, held, start + count, held + part.shape[2]))
-            tails.append(tail)
-        sink = self.sink
-        if first and start:
-            parts = [slice_across(buffer, part, held, 0, start) for buffer, part in zip(self.tail, new, strict=True)]
-            sink = (parts[0].clone(), parts[1].clone())
-        blocked = [part.unflatten(2, (-1, self.block)) for part in finished]
-        before = self.store.blocks
+        self.forget()
+        start, count = self.config.sink_blocks * self.block, (target - before) * self.block
+        finished, exact = [], []
+        for buffer, part in zip(self.exact, new, strict=True):
+            sink, blocks, tail = (
+                slice_across(buffer, part, held, first, last)
+                for first, last in ((0, start), (start, start + count), (start + count, held + part.shape[2]))
+            )
+            finished.append(blocks.unflatten(2, (-1, self.block)))
+            exact.append(self._exact_buffer(sink, tail))
         try:
-            self.store.append(blocked[0], blocked[1])
-            self.shadow.append(blocked[0], blocked[1])
+            self.store.append(finished[0], finished[1])
+            self.shadow.append(finished[0], finished[1])
         except BaseException:
             self.store.truncate(before)
             raise
-        self.sink, self.tail = sink, (tails[0], tails[1])
+        self.exact = (exact[0], exact[1])
 
-    def materialise(self, kind: int, length: int | None = None) -> Tensor:
-        """The exact originals, contiguous: `[batch, kv_heads, length or all tokens, channels]`.
+    def memo(self, name: str, compute: Callable[[], T]) -> T:
+        """What `compute` gives, kept as long as the finished blocks stay as they are: views, small numbers (memo.py)."""
+        return self._memo.get(self.store, name, compute)
 
-        Raises: CorruptedPageError: a page's checksum does not match.
-        """
-        if self.store.blocks == 0:
-            return self.tail[kind].view[:, :, :length].clone(memory_format=torch.contiguous_format)
-        assert self.shadow is not None
-        pages = self.shadow.read_range(kind, 0, self.store.blocks, slice(None), slice(None))
-        parts = ([self.sink[kind]] if self.sink is not None else []) + [pages, self.tail[kind].view]
-        return torch.cat(parts, dim=2)[:, :, :length].contiguous()
-
-    def unit_originals(self, kind: int, row: int, head: int) -> Tensor:
-        """The exact originals of one batch row and KV head: `[1, 1, tokens, channels]`."""
-        assert self.shadow is not None
-        rows, heads = slice(row, row + 1), slice(head, head + 1)
-        pages = self.shadow.read_range(kind, 0, self.store.blocks, rows, heads)
-        parts = ([self.sink[kind][rows, heads]] if self.sink is not None else []) + [pages]
-        return torch.cat([*parts, self.tail[kind].view[rows, heads]], dim=2)
-
-    def exact_tokens(self, kind: int) -> Tensor:
-        """Sink and tail: `[batch, kv_heads, tokens, channels]`, all that the device holds exactly."""
-        tail = self.tail[kind].view
-        return torch.cat([self.sink[kind], tail], dim=2) if self.sink is not None else tail
+    def forget(self) -> None:
+        """Drop all that `memo` keeps: finished blocks are about to change, or to be replaced."""
+        self._memo.clear()
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -291,14 +248,13 @@ class CertifiedLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}): layer {self.layer_idx} holds {self.sequence_length} tokens; cannot remove more."
             )
         target = self.finished_blocks(length)
-        tails = self.tail if target == self.store.blocks else self._tails_of(length, target)
+        exact = self.exact if target == self.store.blocks else self._exact_of(length, target)
 
         def carry_out() -> None:
-            for buffer in tails:
-                buffer.length += length - self.sequence_length if tails is self.tail else 0
-            self.tail = tails
-            if target == 0:
-                self.sink = None
+            self.forget()
+            for buffer in exact:
+                buffer.length += length - self.sequence_length if exact is self.exact else 0
+            self.exact = exact
             self.store.truncate(target)
             assert self.shadow is not None
             self.shadow.truncate(target)
@@ -309,21 +265,6 @@ class CertifiedLayer(CacheLayerMixin):
             self.epoch += 1
 
         return carry_out
-
-    def _tails_of(self, length: int, target: int) -> tuple[GrowingBuffer, GrowingBuffer]:
-        """The tails of a cache of `length` tokens, `target` blocks of which are quantised, from the originals."""
-        assert self.shadow is not None
-        tails = []
-        for kind, buffer in enumerate(self.tail):
-            pages = self.shadow.read_range(kind, target, self.store.blocks, slice(None), slice(None))
-            parts = [pages, buffer.view]
-            if target == 0 and self.sink is not None:
-                parts.insert(0, self.sink[kind])
-            kept = torch.cat(parts, dim=2)
-            tail = GrowingBuffer(self.config.recent_window + self.block if target else 0)
-            tail.append(kept[:, :, : kept.shape[2] - (self.sequence_length - length)])
-            tails.append(tail)
-        return tails[0], tails[1]
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back; the layer can be used for another batch."""
@@ -340,12 +281,9 @@ class CertifiedLayer(CacheLayerMixin):
             return
         assert self.shadow is not None
         shadow, store, hot = self.shadow.selected(index), self.store.selected(index), self.hot.selected(index)
-        tail = (self.tail[0].selected(index), self.tail[1].selected(index))
-        device_index = index.to(self.device)
-        sink = self.sink
-        if sink is not None:
-            sink = (sink[0].index_select(0, device_index), sink[1].index_select(0, device_index))
-        self.shadow, self.store, self.hot, self.tail, self.sink = shadow, store, hot, tail, sink
+        exact = (self.exact[0].selected(index), self.exact[1].selected(index))
+        self.forget()
+        self.shadow, self.store, self.hot, self.exact = shadow, store, hot, exact
         self.batch, self.wanted = len(index), None
         self.epoch += 1
 
@@ -390,8 +328,7 @@ class CertifiedLayer(CacheLayerMixin):
 
     def nbytes(self) -> dict[str, int]:
         """Bytes by part, as allocated; `host_*` lie in host memory."""
-        exact = sum(buffer.nbytes for buffer in self.tail)
-        exact += sum(part.nbytes for part in self.sink) if self.sink is not None else 0
+        exact = sum(buffer.nbytes for buffer in self.exact)
         pages = self.shadow.nbytes if self.shadow is not None else 0
         return {**self.store.nbytes(), "exact": exact, "hot": self.hot.nbytes, "host_originals": pages}
 
@@ -407,6 +344,8 @@ class CertifiedLayer(CacheLayerMixin):
         for name, value in self.__dict__.items():
             if name == "shadow" and value is not None:
                 value = value.selected(torch.arange(self.batch))
+            elif name == "_memo":
+                value = BlockMemo()  # views are of the buffers that were copied
             elif name not in ("_owner", "config", "cache"):
                 value = copy.deepcopy(value, memo)
             new.__dict__[name] = value
@@ -417,3 +356,7 @@ class CertifiedLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"CertifiedLayer({self.layer_idx}, tokens={self.sequence_length}, quantised_blocks={self.store.blocks})"
+
+
+def _words(key_states: Tensor, value_states: Tensor) -> str:
+    return f"keys {tuple(key_states.shape)} {key_states.dtype}, values {tuple(value_states.shape)} {value_states.dtype}"

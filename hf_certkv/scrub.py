@@ -79,6 +79,7 @@ def repair(layer: CertifiedLayer, index: Index) -> int:
         return 0
     bad: Index = (index[0][wrong], index[1][wrong], index[2][wrong])
     assert layer.shadow is not None
+    layer.forget()  # what was derived from them
     layer.store.rewrite(bad, layer.shadow.read_pages(KEYS, *bad), layer.shadow.read_pages(VALUES, *bad))
     still = int(layer.store.damaged(bad).sum())
     if still:
@@ -103,6 +104,7 @@ def scrub_layer(layer: CertifiedLayer) -> ScrubReport:
     if not layer.is_initialized or layer.store.blocks == 0:
         return ScrubReport(0, 0, 0, 0, 0)
     assert layer.shadow is not None
+    layer.forget()  # numbers that were derived from blocks have no checksum: the next step computes them anew
     blocks, units = layer.store.blocks, layer.batch * layer.heads
     repaired = 0
     for first in range(0, blocks, BLOCKS_AT_A_TIME):

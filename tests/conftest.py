@@ -180,15 +180,14 @@ def layer_state(layer: CertifiedLayer) -> dict[str, Any]:
         "length": layer.sequence_length,
         "blocks": layer.store.blocks,
         "sink_tokens": layer.sink_tokens,
-        "sink": None if layer.sink is None else tuple(part.clone() for part in layer.sink),
     }
     if not layer.is_initialized:
         return state
     assert layer.shadow is not None
     state["batch"] = (layer.batch, layer.shadow.batch)
     for kind, name in ((KEYS, "keys"), (VALUES, "values")):
-        buffer = layer.tail[kind]
-        state[f"tail.{name}"] = buffer.view.clone() if buffer.length else 0
+        buffer = layer.exact[kind]
+        state[f"exact.{name}"] = buffer.view.clone() if buffer.length else 0
         state[f"originals.{name}"] = layer.materialise(kind).clone() if layer.sequence_length else 0
         shadow = layer.shadow
         pages = [shadow.slabs[row // shadow.rows_per_slab].pages[kind] for row in range(shadow.blocks)]

@@ -167,9 +167,9 @@ def rows_of_the_tail(patch: Patch) -> None:
     original = CertifiedLayer._select_batch
 
     def select(self: CertifiedLayer, index: Tensor) -> None:
-        tail = self.tail
+        exact = self.exact
         original(self, index)
-        self.tail = tail
+        self.exact = exact
 
     patch.setattr(CertifiedLayer, "_select_batch", select)
 
@@ -182,19 +182,20 @@ def pages_in_place(patch: Patch) -> None:
 
 def tail_from_codes(patch: Patch) -> None:
     """What a crop brings back to the device comes from the codes."""
-    original = CertifiedLayer._tails_of
+    original = CertifiedLayer._exact_of
 
-    def tails(self: CertifiedLayer, length: int, target: int) -> tuple[GrowingBuffer, GrowingBuffer]:
+    def exact_of(self: CertifiedLayer, length: int, target: int) -> tuple[GrowingBuffer, GrowingBuffer]:
         made = original(self, length, target)
         heads = torch.arange(self.heads)
-        for kind, tail in zip(("keys", "values"), made, strict=True):
+        sink = self.sink_tokens if target else 0
+        for kind, exact in zip(("keys", "values"), made, strict=True):
             index = (torch.zeros_like(heads), heads, torch.full_like(heads, target))
-            read = self.store.decode(kind, 0, index, tail.view.shape[-1])
-            count = min(tail.length, self.block)
-            tail.view[0, :, :count] = read[:, :count]
+            read = self.store.decode(kind, 0, index, exact.view.shape[-1])
+            count = min(exact.length - sink, self.block)
+            exact.view[0, :, sink : sink + count] = read[:, :count]
         return made
 
-    patch.setattr(CertifiedLayer, "_tails_of", tails)
+    patch.setattr(CertifiedLayer, "_exact_of", exact_of)
 
 
 def hot_of_another_block(patch: Patch) -> None:

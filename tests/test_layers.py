@@ -131,7 +131,7 @@ def test_crop_to_nothing(layout: dict[str, Any]) -> None:
     bare = filled(states, SMALL_TOKENS, **layout)
     bare.cache.crop(-SMALL_TOKENS)
     assert bare.cache.get_seq_length() == 0
-    assert bare.layer.store.blocks == 0 and bare.layer.sink is None and bare.layer.keys is None
+    assert bare.layer.store.blocks == 0 and bare.layer.sink_tokens == 0 and bare.layer.keys is None
     assert bare.layer.nbytes()["host_originals"] == 0
     returned = bare.update(*states)
     assert not isinstance(returned[0], Handle)  # an empty layer hands back the plain tensors

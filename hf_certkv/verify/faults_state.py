@@ -86,7 +86,7 @@ def _layer_state(layer: CertifiedLayer, pages: bool) -> dict[str, Any]:
         "tokens": layer.sequence_length,
         "blocks": layer.store.blocks,
         "initialised": layer.is_initialized,
-        "sink": None if layer.sink is None else tuple(raw(part) for part in layer.sink),
+        "sink": layer.sink_tokens,
     }
     if not layer.is_initialized:
         return state
@@ -95,8 +95,8 @@ def _layer_state(layer: CertifiedLayer, pages: bool) -> dict[str, Any]:
     shadow._settle()
     state["sizes"] = (layer.batch, layer.heads, layer.widths, shadow.blocks, shadow.batch)
     for kind, name in ((KEYS, "keys"), (VALUES, "values")):
-        tail = layer.tail[kind]
-        state[f"tail {name}"] = raw(tail.view) if tail.length else b""
+        exact = layer.exact[kind]
+        state[f"exact {name}"] = raw(exact.view) if exact.length else b""
         for part, buffer in (layer.store.keys if kind == KEYS else layer.store.values).items():
             state[f"{name} {part}"] = raw(buffer.view) if buffer.data is not None and buffer.length else b""
         if pages:

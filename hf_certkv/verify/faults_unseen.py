@@ -61,10 +61,11 @@ def exact_tokens(part: Part, device: torch.device, seed: int, rng: np.random.Gen
     for turn in range(16):
         subject = Subject(FORMATS[0], device, seed, blocks=3, changes={"rtol": SOME})
         layer, kind = subject.layer, turn % 2
-        where = layer.tail[kind].view if turn % 4 < 2 else layer.sink[kind] if layer.sink is not None else None
-        if where is None:
+        sink = layer.sink_tokens
+        if not sink:
             part.fail("no sink block to flip bits in")
             break
+        where = layer.exact_tokens(kind)[:, :, slice(sink, None) if turn % 4 < 2 else slice(sink)]
         token, channel = int(rng.integers(where.shape[2])), int(rng.integers(where.shape[3]))
         where.view(torch.int32)[0, 0, token, channel] ^= 1 << int(rng.integers(23))  # of the fraction: it stays a number
         noticed += subject.cache.scrub().repaired
