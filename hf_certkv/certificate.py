@@ -1,5 +1,8 @@
 """Records of what was returned, and their summaries over steps at constant memory. Merging keeps every figure exact.
 
+A summary of seven histograms costs as much for one record as for sixty, so records wait until there are some of them. Adding
+them together gives the figures of adding them one by one, bit for bit; whoever looks at a summary finds nothing waiting.
+
 Relative figures are shares of the returned head output's L2 norm. Quantiles come from histograms with sixteen bins a
 decade and are the upper edge of their bin: at most 15 % above the exact quantile, never below.
 """
@@ -7,16 +10,20 @@ decade and are the upper edge of their bin: at most 15 % above the exact quantil
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from .interrupts import uninterrupted
 from .ladder import Rung
 
+WAITING = 64  # records of a layer that are added to its summary together
 BINS_PER_DECADE = 16
 LOWEST, HIGHEST = -14, 6  # decades
 BINS = (HIGHEST - LOWEST) * BINS_PER_DECADE + 2  # below, inside, above (and what is not a number)
 METRICS = ("candidate", "bound", "dense_bound", "expected", "error", "tightness")
+FIGURES = ("candidate", "bound", "expected", "norm", "error")
 DENSE = (Rung.DENSE_HEAD, Rung.DENSE_LAYER)
 
 
@@ -50,23 +57,30 @@ class StepRecord:
         `bound` is that of certified outputs and NaN elsewhere; `dense_bound`, the rounding bound of dense ones, may exceed
         the tolerance: nothing more exact can be had. `tightness` is of certified outputs.
         """
-        dense = np.isin(self.rung, DENSE)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            figures = {name: getattr(self, name) / self.norm for name in ("candidate", "bound", "expected", "error")}
-            figures["dense_bound"] = np.where(dense, figures["bound"], np.nan)
-            figures["bound"] = np.where(dense, np.nan, figures["bound"])
-            figures["tightness"] = figures["bound"] / figures["error"]
-        return figures
+        return _relative(self.rung, *(getattr(self, name) for name in FIGURES))
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; NaN becomes None."""
         out: dict[str, Any] = {"step": self.step, "layer": self.layer, "bytes_moved": self.bytes_moved}
         for name in ("rung", "key_blocks", "value_blocks"):
             out[name] = getattr(self, name).tolist()
-        for name in ("candidate", "bound", "expected", "norm", "error"):
+        for name in FIGURES:
             values: np.ndarray = getattr(self, name)
             out[name] = np.where(np.isfinite(values), values.astype(object), np.array(None, dtype=object)).tolist()
         return out
+
+
+def _relative(
+    rung: np.ndarray, candidate: np.ndarray, bound: np.ndarray, expected: np.ndarray, norm: np.ndarray, error: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`StepRecord.relative`, of any number of records in arrays of any shape."""
+    dense = (rung == Rung.DENSE_HEAD) | (rung == Rung.DENSE_LAYER)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        figures = {"candidate": candidate / norm, "bound": bound / norm, "expected": expected / norm, "error": error / norm}
+        figures["dense_bound"] = np.where(dense, figures["bound"], np.nan)
+        figures["bound"] = np.where(dense, np.nan, figures["bound"])
+        figures["tightness"] = figures["bound"] / figures["error"]
+    return figures
 
 
 def bin_of(values: np.ndarray) -> np.ndarray:
@@ -102,13 +116,25 @@ class Distribution:
 
     def add(self, values: np.ndarray) -> None:
         """Add `[batch, heads, positions]`; NaN entries are figures that were not measured and are passed over."""
-        flat = np.moveaxis(values, 1, 0).reshape(self.heads, -1)
+        self._replace(self._with(values[None]))
+
+    def _with(self, values: np.ndarray) -> tuple[np.ndarray, ...] | None:
+        """Count, total, maximum and bins with `[records, batch, heads, positions]` added; None where they stay as they are."""
+        flat = np.moveaxis(values, 2, 1).reshape(len(values), self.heads, -1)
         known = ~np.isnan(flat)
-        self.count += known.sum(axis=1)
-        self.total += np.where(known, flat, 0.0).sum(axis=1)
-        self.largest = np.maximum(self.largest, np.where(known, flat, 0.0).max(axis=1, initial=0.0))
+        if not known.any():
+            return None
+        measured = np.where(known, flat, 0.0)
+        # One record after the other, as if each had been added alone: sums depend on their order.
+        total = np.add.accumulate(np.concatenate([self.total[None], measured.sum(axis=2)]))[-1]
         heads = np.broadcast_to(np.arange(self.heads)[:, None], flat.shape)
-        np.add.at(self.bins, (heads[known], bin_of(flat[known])), 1)
+        bins = np.bincount(heads[known] * BINS + bin_of(flat[known]), minlength=self.bins.size).reshape(self.bins.shape)
+        largest = np.maximum(self.largest, measured.max(axis=(0, 2)))
+        return self.count + known.sum(axis=(0, 2)), total, largest, self.bins + bins
+
+    def _replace(self, figures: tuple[np.ndarray, ...] | None) -> None:
+        if figures is not None:
+            self.count, self.total, self.largest, self.bins = figures
 
     def merge(self, other: Distribution) -> None:
         """Add another distribution of the same heads."""
@@ -147,14 +173,26 @@ class LayerSummary:
 
     def add(self, record: StepRecord) -> None:
         """Add one call."""
-        for rung in Rung:
-            self.rungs[:, rung] += (record.rung == rung).sum(axis=(0, 2))
-        for name, values in record.relative().items():
-            self.metrics[name].add(values)
-        self.key_blocks += int(record.key_blocks.sum())
-        self.value_blocks += int(record.value_blocks.sum())
-        self.bytes_moved += record.bytes_moved
-        self.calls += 1
+        self.add_all([record])
+
+    def add_all(self, records: list[StepRecord]) -> None:
+        """Add calls of one shape, in their order. Atomic."""
+        rung = np.stack([record.rung for record in records])
+        places = np.arange(self.heads)[:, None] * len(Rung) + rung
+        rungs = self.rungs + np.bincount(places.ravel(), minlength=self.rungs.size).reshape(self.rungs.shape)
+        figures = _relative(rung, *(np.stack([getattr(record, name) for record in records]) for name in FIGURES))
+        metrics = [(self.metrics[name], self.metrics[name]._with(values)) for name, values in figures.items()]
+        key_blocks, value_blocks = (
+            sum(int(getattr(record, name).sum()) for record in records) for name in ("key_blocks", "value_blocks")
+        )
+        # Nothing from here on can fail.
+        self.rungs = rungs
+        for distribution, values in metrics:
+            distribution._replace(values)
+        self.key_blocks += key_blocks
+        self.value_blocks += value_blocks
+        self.bytes_moved += sum(record.bytes_moved for record in records)
+        self.calls += len(records)
 
     def merge(self, other: LayerSummary) -> None:
         """Add another summary of the same heads."""
@@ -190,20 +228,24 @@ class LayerSummary:
 
 
 class Recorder:
-    """Collects records. Those of a step under way are held back, so that a step that fails leaves no trace."""
+    """Collects records. Those of a step under way are held back, so that a step that fails leaves no trace.
+
+    Attributes: records: all that count, if `full`; materialised: operations served with originals, and how often;
+        exact_queries: head-steps computed exactly; repaired: damaged blocks found and repaired, which counts at once, for the
+        damage was real whatever becomes of the step; step: the cache's.
+    """
 
     def __init__(self, full: bool) -> None:
         self.full = full
-        self.layers: dict[int, LayerSummary] = {}
         self.records: list[StepRecord] = []
         self.materialised: dict[str, int] = {}
         self.exact_queries = 0
-        self.repaired = (
-            0  # damaged blocks found and repaired; counts at once, for the damage was real whatever becomes of the step
-        )
+        self.repaired = 0
         self.step = 0
         self._pending: list[StepRecord] = []
         self._pending_exact = 0
+        self._summaries: dict[int, LayerSummary] = {}
+        self._waiting: dict[int, list[StepRecord]] = {}  # these count, and are not in the summaries yet
 
     def add(self, record: StepRecord) -> None:
         """Hold a record until its step is over."""
@@ -215,17 +257,40 @@ class Recorder:
 
     def commit(self) -> None:
         """The step under way succeeded: its records count."""
-        for record in self._pending:
-            summary = self.layers.setdefault(record.layer, LayerSummary(record.rung.shape[1]))
-            summary.add(record)
+        pending, self._pending = self._pending, []
         if self.full:
-            self.records += self._pending
+            self.records += pending
         self.exact_queries += self._pending_exact
-        self._pending, self._pending_exact = [], 0
+        self._pending_exact = 0
+        for record in pending:
+            self._waiting.setdefault(record.layer, []).append(record)
+        for layer in {record.layer for record in pending}:
+            # Layers take turns, so that no step has to wait for the summaries of all.
+            if (self.step + layer) % WAITING == 0 or len(self._waiting[layer]) >= 2 * WAITING:
+                self._summarise(layer)
 
     def discard(self) -> None:
         """The step under way failed: as if it had not been."""
         self._pending, self._pending_exact = [], 0
+
+    def _summarise(self, layer: int) -> None:
+        waiting = self._waiting[layer]
+        with uninterrupted():
+            for _, alike in groupby(list(waiting), key=lambda record: record.rung.shape):
+                records = list(alike)
+                self._summaries.setdefault(layer, LayerSummary(records[0].rung.shape[1])).add_all(records)
+                del waiting[: len(records)]
+
+    @property
+    def layers(self) -> dict[int, LayerSummary]:
+        """What each layer returned, by index; of steps that are over."""
+        for layer in self._waiting:
+            self._summarise(layer)
+        return self._summaries
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: nothing waits."""
+        return {**self.__dict__, "_summaries": self.layers}
 
     def overall(self) -> LayerSummary:
         """All layers together, heads not told apart."""
