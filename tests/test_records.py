@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -16,12 +17,15 @@ from conftest import BareCache, cache_state, generate, new_cache, prompt, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hf_certkv.decode
 import hf_certkv.shadow
 from hf_certkv import CertifiedQuantizedCache, CertKVConfig, HostMemoryError
 from hf_certkv.certificate import (
     METRICS,
+    WAITING,
     Distribution,
     LayerSummary,
+    Recorder,
     StepRecord,
     bin_edge,
     bin_of,
@@ -267,6 +271,99 @@ def test_merging_is_adding_everything(parts: tuple[int, ...]) -> None:
     for name in ("key_blocks", "value_blocks", "bytes_moved", "calls"):
         assert getattr(merged, name) == getattr(whole, name)
     assert whole.bytes_moved == 7 * sum(parts) and whole.calls == sum(parts)
+
+
+def one_by_one(records: list[StepRecord], heads: int = 3) -> LayerSummary:
+    """What a summary is, written down plainly: one record, metric and head after the other."""
+    summary = LayerSummary(heads)
+    for record in records:
+        for name, values in record.relative().items():
+            metric = summary.metrics[name]
+            for head in range(heads):
+                flat = values[:, head].ravel()
+                known = ~np.isnan(flat)
+                metric.count[head] += known.sum()
+                metric.total[head] += np.where(known, flat, 0.0).sum()
+                metric.largest[head] = max(metric.largest[head], flat[known].max(initial=0.0))
+                for place in bin_of(flat[known]):
+                    metric.bins[head, place] += 1
+        for rung in Rung:
+            summary.rungs[:, rung] += (record.rung == rung).sum(axis=(0, 2))
+        summary.key_blocks += int(record.key_blocks.sum())
+        summary.value_blocks += int(record.value_blocks.sum())
+        summary.bytes_moved += record.bytes_moved
+        summary.calls += 1
+    return summary
+
+
+def assert_identical(ours: LayerSummary, theirs: LayerSummary) -> None:
+    """The same figures, bit for bit."""
+    assert (ours.rungs == theirs.rungs).all() and ours.rungs.dtype == theirs.rungs.dtype
+    for name in METRICS:
+        for part in ("count", "total", "largest", "bins"):
+            a, b = getattr(ours.metrics[name], part), getattr(theirs.metrics[name], part)
+            assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), (name, part)
+    for name in ("key_blocks", "value_blocks", "bytes_moved", "calls"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_records_that_wait_give_the_figures_of_one_by_one(count: int, alike: bool) -> None:
+    """However many wait, whenever someone looks, and although steps fail in between."""
+    rng = np.random.default_rng(count)
+    records = records_of(count, count, heads=5)
+    if alike:
+        records = [record for record in records if record.rung.shape == records[0].rung.shape]
+    quiet, asked = Recorder(full=False), Recorder(full=True)
+    for recorder in (quiet, asked):
+        for step, record in enumerate(records):
+            recorder.add(dataclasses.replace(record, layer=step % 2))
+            if rng.random() < 0.2:
+                recorder.discard()
+                recorder.add(dataclasses.replace(record, layer=step % 2))
+            recorder.commit()
+            recorder.step += int(rng.random() < 0.9)
+            if recorder is asked and rng.random() < 0.1:
+                assert sum(summary.calls for summary in recorder.layers.values()) == step + 1
+                asked = recorder = copy.deepcopy(recorder)
+    for recorder in (quiet, asked):
+        assert max(len(waiting) for waiting in recorder._waiting.values()) < 2 * WAITING
+        for layer, summary in recorder.layers.items():
+            assert_identical(summary, one_by_one(records[layer::2], 5))
+        assert not any(recorder._waiting.values())
+    assert len(asked.records) == len(records) and quiet.records == []
+
+
+def test_a_layer_whose_step_never_ends_does_not_keep_its_records() -> None:
+    recorder, (record,) = Recorder(full=False), records_of(0, 1)
+    recorder.step = 1  # not its turn
+    for _ in range(5 * WAITING):
+        recorder.add(record)
+        recorder.commit()
+        assert len(recorder._waiting[0]) < 2 * WAITING
+    assert recorder.layers[0].calls == 5 * WAITING
+
+
+def test_a_record_shares_no_memory_with_the_step() -> None:
+    """What a step computed in may be used by the next one."""
+    bare, steps = BareCache(record="full"), []
+    bare.update(*random_states(400))
+    original = hf_certkv.decode.step_record
+
+    def kept(step: Any, error: torch.Tensor) -> StepRecord:
+        steps.append((step, error))
+        return original(step, error)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_certkv.decode, "step_record", kept)
+        F.scaled_dot_product_attention(torch.randn(1, 4, 1, 64), *bare.update(*random_states(1, seed=1)), enable_gqa=True)
+    (record,) = bare.cache.recorder._pending
+    before = record.to_dict()
+    step, error = steps[0]
+    for part in (step.bound, step.candidate, step.expected, step.norm, error, step.key_level, step.met_at_once, step.dense):
+        part.fill_(1)
+    assert record.to_dict() == before and set(before["rung"][0][0]) <= set(range(6))
 
 
 def test_adding_does_not_change_what_is_merged_in() -> None:
