@@ -14,12 +14,14 @@ Scope = Literal["head", "layer"]
 Policy = Literal["budget", "paper", "naive"]
 Refine = Literal["device", "host", "off"]
 Record = Literal["summary", "full"]
+Kernel = Literal["auto", "reference", "cpu"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "scope": get_args(Scope),
     "policy": get_args(Policy),
     "refine": get_args(Refine),
     "record": get_args(Record),
+    "kernel": get_args(Kernel),
     "block_size": (16, 32, 64, 128),
     "value_bits": (4, 8),
 }
@@ -74,6 +76,8 @@ class CertKVConfig:
         dense_layer_share: the whole layer is recomputed densely when more than this share of its heads is.
         record: `"summary"` keeps running summaries at constant memory; `"full"` keeps every step as well.
         audit: compare every certified output with float64 attention over the originals; raise when a bound is broken.
+        kernel: what computes a certified call. `"auto"`: the fused CPU kernel where numba is installed (extra `cpu`) and the
+            format suits it, else plain torch. `"reference"`: plain torch. `"cpu"`: as auto, but numba must be there.
         seed: of the exploration in the paper's policy.
         paper_tau_cov, paper_k_min, paper_k_max, paper_v_tol, paper_rank_depth, paper_canary, paper_explore: the
             published method's monitors: coverage target, fewest and most blocks whose keys it raises, value threshold,
@@ -101,6 +105,7 @@ class CertKVConfig:
     dense_layer_share: float = 0.5
     record: Record = "summary"
     audit: bool = False
+    kernel: Kernel = "auto"
     seed: int = 0
     paper_tau_cov: float = 0.995
     paper_k_min: int = 2

@@ -1,26 +1,27 @@
 """One certified decode step of one layer: pass, certificate, promotions, dense rungs, record.
 
 A reader follows it downwards: `certified_decode` -> `first_pass` -> `certify` -> `climb` -> `finish`.
-Rows: the query heads of a KV head and their positions, `row = head_in_group * positions + position`.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from . import bounds, ladder
-from .attention import AttentionCall, is_packed
+from .attention import AttentionCall
 from .audit import audit_step
 from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL, token_steps
 from .dense import dense_bound, dense_layer, dense_unit
 from .errors import FaultyMemoryError
 from .handle import KEYS, VALUES
+from .inputs import StepInputs
+from .kernels import cpu
 from .kernels import reference as kernel
 from .layers import CertifiedLayer
-from .masks import row_bias, split_bias
 from .paper import paper_promotions
 from .precision import full_precision
 from .recording import step_record
@@ -53,98 +54,100 @@ def _attempt(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
         step = DecodeStep(layer, call)
         config = layer.config
         if config.certified and config.rtol == 0 and config.atol == 0:
-            step.candidate = torch.full_like(step.query_norm, math.nan)
+            step.without_pass()
         else:
             step.first_pass()
             step.climb()
     return step.finish()
 
 
-class DecodeStep:
-    """The working state of one certified call. Shapes: B batch, H KV heads, R rows, N blocks, W value channels."""
+class DecodeStep(StepInputs):
+    """The working state of one certified call."""
 
     def __init__(self, layer: CertifiedLayer, call: AttentionCall) -> None:
-        self.layer, self.call, self.config = layer, call, layer.config
-        query = call.query
-        batch, heads = layer.batch, layer.heads
-        self.packed = is_packed(layer, call)
-        self.groups = query.shape[1] // heads
-        self.rows = self.groups * query.shape[2]
-        self.shape = (batch, heads, self.rows, layer.widths[1])
-        self.query = query.detach().reshape(batch, heads, self.rows, -1).float()
-        self.scaled = self.query * call.scaling
-        self.blocks = layer.store.blocks
-        self.key_codes, self.value_codes = layer.store.encoded()
-        self.key_numbers = self.key_codes.numbers.double()
-        self.value_numbers = self.value_codes.numbers.double()
-        self.exact_keys, self.exact_values = layer.exact_tokens(KEYS), layer.exact_tokens(VALUES)
-        self.query_norm = torch.linalg.vector_norm(self.query.double(), dim=-1)
-        key_norm = _largest(self.key_numbers[..., -1], self.exact_keys).unsqueeze(-1)
-        self.value_radius = _largest(self.value_numbers[..., -1], self.exact_values).unsqueeze(-1)
-        self._prepare_mask(key_norm)
-        self.key_norm = key_norm
-        score_error = bounds.score_rounding(
-            call.scaling, self.query_norm, key_norm, layer.widths[0], self.bias_size, call.softcap
-        )
-        self.slack = bounds.weight_slack(score_error, kernel.RESCALINGS)
-        self.chain = kernel.chain_length(layer.block, self.exact_keys.shape[2], self.blocks + 1)
-        self.rounding = bounds.rounding_error(
-            self.slack, self.value_radius, self.chain, kernel.RESCALINGS, layer.sequence_length, self.shape[3]
-        )
-        level = torch.zeros(batch, heads, self.blocks, dtype=torch.int64, device=query.device)
-        self.key_level, self.value_level = level, level.clone()
-        self.hot_level = level.clone()
-        self.dense = torch.zeros(batch, heads, dtype=torch.bool, device=query.device)
+        super().__init__(layer, call)
+        batch, heads, rows, _ = self.shape
+        device = layer.device
+        level = torch.zeros(batch, heads, self.blocks, dtype=torch.int64, device=device)
+        self.key_level = self.value_level = self.hot_level = level  # replaced, never written to
+        self.dense = torch.zeros(batch, heads, dtype=torch.bool, device=device)
         self.bytes_moved = 0
         self.whole_layer = True
-        self.met_at_once = torch.zeros_like(self.query_norm, dtype=torch.bool)
+        self.met_at_once = torch.zeros(batch, heads, rows, dtype=torch.bool, device=device)
         self.certificate: bounds.Certificate | None = None
-        self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)
-        self.output = query.new_zeros(self.shape)
+        self.fused: cpu.FusedStep | None = None
 
-    def _prepare_mask(self, key_norm: Tensor) -> None:
-        call, layer = self.call, self.layer
-        span = 2 * abs(call.scaling) * (self.query_norm * key_norm).amax()
-        bias, self.bias_size = row_bias(call.mask, layer.batch, layer.heads, self.groups, call.query.shape[2], span)
-        self.block_bias, self.exact_bias = split_bias(bias, layer.sink_tokens, self.blocks, layer.block)
-        self.sink_logit = None
-        if call.sinks is not None:
-            positions = 1 if self.packed else call.query.shape[2]
-            logits = call.sinks.detach().float().reshape(layer.heads, -1, 1).expand(-1, -1, positions)
-            self.sink_logit = logits.reshape(1, layer.heads, self.rows)
+    def without_pass(self) -> None:
+        """Nothing is computed from codes: everything is to be dense."""
+        self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)
+        self.output = self.call.query.new_zeros(self.shape)
 
     def first_pass(self) -> None:
         """Everything at its base level, hot blocks at the originals; the fast path's certificate."""
-        layer, query = self.layer, self.query
-        self.segments = kernel.decode_pass(
-            self.scaled,
-            self.key_codes,
-            self.value_codes,
-            self.exact_keys,
-            self.exact_values,
-            self.block_bias,
-            self.exact_bias,
-            layer.key_codec,
-            layer.value_codec,
-            self.call.softcap,
-        )
-        self.query_l1, self.query_l2 = kernel.score_weights(query, self.key_codes.scale)
-        self.shift0 = self._shift(0)
-        self.shift1 = self._shift(1) if layer.key_codec.levels > 1 else None
+        layer = self.layer
         hot = layer.hot.lookup(self.blocks)
+        if cpu.supports(self):
+            self.fused = cpu.FusedStep(self)
+            self.fused.run()
+            self._take(self.fused)
+            self.candidate = self.bound
+            if hot is None:
+                return
+        else:
+            self.segments = kernel.decode_pass(
+                self.scaled,
+                *self.encoded,
+                self.exact_keys,
+                self.exact_values,
+                self.block_bias,
+                self.exact_bias,
+                layer.key_codec,
+                layer.value_codec,
+                self.call.softcap,
+            )
         if hot is not None:
             index, keys, values = hot
-            self.key_level[index], self.value_level[index], self.hot_level[index] = 2, 2, 2
+            self.hot_level = self.hot_level.clone()
+            self.hot_level[index] = 2
+            self.key_level = self.value_level = self.hot_level
             self._redo(index, keys.float(), values.float())
         self.certify()
         self.candidate = self.bound
 
+    def _take(self, fused: cpu.FusedStep) -> None:
+        """What the CPU kernel has computed; the parts of the certificate when somebody asks (`details`)."""
+        self.output = fused.result
+        self.bound, self.norm, self.expected = (fused.row_figure(which) for which in range(3))
+
+    def details(self) -> None:
+        """Have what promotions are chosen by: segments, the certificate's parts, masses, steps."""
+        if self.fused is None or self.certificate is not None:
+            return
+        self.segments = self.fused.segments()
+        self.certificate = self.fused.certificate()
+        self.mass, self.shift, self.step = (self.fused.block_figure(which) for which in (0, 1, 4))
+
+    @cached_property
+    def query_weights(self) -> tuple[Tensor, Tensor]:
+        """sum |q_c| S_c and ||q * S||_2: float64 `[B, H, R, N]`."""
+        return kernel.score_weights(self.query, self.encoded[0].scale)
+
+    @cached_property
+    def shift0(self) -> tuple[Tensor, Tensor]:
+        """Delta_b and Lambda_b at the base level: `[B, H, R, N]`."""
+        return self._shift(0)
+
+    @cached_property
+    def shift1(self) -> tuple[Tensor, Tensor] | None:
+        """Delta_b and Lambda_b with the refinement plane, where there is one."""
+        return self._shift(1) if self.layer.key_codec.levels > 1 else None
+
     def _shift(self, level: int) -> tuple[Tensor, Tensor]:
         """Delta_b and Lambda_b of every row and block at a level."""
         at = self.key_numbers[..., level * PER_LEVEL : (level + 1) * PER_LEVEL].unsqueeze(2)
-        scaling = self.call.scaling
-        shift = bounds.score_shift(scaling, at[..., KAPPA], self.query_l1, at[..., EPSILON], self.query_l2)
-        return shift, bounds.score_shift_l2(scaling, at[..., KEY_SPECTRAL], self.query_l2)
+        scaling, (query_l1, query_l2) = self.call.scaling, self.query_weights
+        shift = bounds.score_shift(scaling, at[..., KAPPA], query_l1, at[..., EPSILON], query_l2)
+        return shift, bounds.score_shift_l2(scaling, at[..., KEY_SPECTRAL], query_l2)
 
     def _value_number(self, column: int) -> Tensor:
         """A value number `[B, H, 1, N]` at each block's present level; 0 at the originals."""
@@ -156,6 +159,12 @@ class DecodeStep:
 
     def certify(self) -> None:
         """Combine the segments; evaluate the bound of what would be returned now."""
+        if self.fused is not None:
+            self.certificate = None
+            self.fused.certify(self.key_level, self.value_level)
+            self._take(self.fused)
+            self.details()
+            return
         combined = kernel.combine(self.segments, self.sink_logit)
         self.output = combined.output.to(self.call.query.dtype)
         norm = torch.linalg.vector_norm(self.output.double(), dim=-1)
@@ -209,23 +218,18 @@ class DecodeStep:
         level = ladder.water_level(bound.flatten(0, 1), budget.flatten()).view_as(budget)
         admits = bounds.meets(bound, level.unsqueeze(-1)) & torch.isfinite(budget).unsqueeze(-1)
         within = met.unsqueeze(-1) | admits
-        return self._by_row(within), self._by_row(level.unsqueeze(-1).expand_as(bound))
-
-    def by_position(self, rows: Tensor) -> Tensor:
-        """`[B, H, R]` -> `[B, positions, query heads]`."""
-        positions = 1 if self.packed else self.call.query.shape[2]
-        return rows.unflatten(-1, (-1, positions)).permute(0, 3, 1, 2).flatten(2)
-
-    def _by_row(self, heads: Tensor) -> Tensor:
-        """Inverse of `by_position`."""
-        return heads.unflatten(-1, (self.shape[1], -1)).permute(0, 2, 3, 1).flatten(2)
+        return self.by_row(within), self.by_row(level.unsqueeze(-1).expand_as(bound))
 
     def climb(self) -> None:
         """Promote until every row meets its budget; what does not is left to the dense rungs."""
         self.whole_layer = False
         if not self.config.certified:
             return
+        if self.fused is not None and self.config.scope == "head" and self.config.policy != "paper" and self.fused.all_met():
+            self.met_at_once = torch.ones_like(self.met_at_once)
+            return
         if self.config.policy == "paper":
+            self.details()
             paper_promotions(self)
         else:  # until a round finds otherwise
             self.met_at_once.fill_(True)
@@ -242,6 +246,7 @@ class DecodeStep:
 
     def _promote(self, failing: Tensor, target: Tensor) -> bool:
         """One round of the greedy choice. Returns whether anything was promoted."""
+        self.details()
         layer, certificate = self.layer, self.certificate
         assert certificate is not None
         room = target - certificate.fixed
@@ -304,6 +309,7 @@ class DecodeStep:
             return False
         index: Index = tuple(torch.nonzero(changed, as_tuple=True))  # type: ignore[assignment]
         require_intact(self.layer, index)
+        self.details()
         keys = self._load(KEYS, index, key_level, self.key_level)
         values = self._load(VALUES, index, value_level, self.value_level)
         self._redo(index, keys, values)
@@ -312,8 +318,11 @@ class DecodeStep:
         return True
 
     def _redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
-        steps = token_steps(self.value_codes.scale[index])
+        self.details()
+        steps = token_steps(self.encoded[1].scale[index])
         kernel.redo_blocks(self.segments, index, self.scaled, keys, values, steps, self.block_bias, self.call.softcap)
+        if self.fused is not None:
+            self.fused.redone(index)
 
     def _load(self, kind: int, index: Index, level: Tensor, before: Tensor) -> Tensor:
         """Blocks at their new levels: float32 `[n, block, channels]`."""
@@ -352,9 +361,7 @@ class DecodeStep:
                 output = dense_layer(self)
         if self.whole_layer:
             self._close_bounds()
-        error = torch.full_like(self.bound, math.nan)
-        if self.config.audit:
-            error = audit_step(self)
+        error = audit_step(self) if self.config.audit else torch.full_like(self.bound, math.nan)
         self._keep_hot()
         self.layer.cache.recorder.add(step_record(self, error))
         return output
@@ -371,14 +378,9 @@ class DecodeStep:
         layer = self.layer
         if layer.hot.slots == 0 or self.whole_layer:
             return
+        self.details()
         full = (self.key_level == 2) | (self.value_level == 2)
         step = layer.cache.recorder.step
         hot_index: Index = tuple(torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True))  # type: ignore[assignment]
         layer.hot.touch(hot_index, step)
         layer.wanted = tuple(torch.nonzero(full & (self.hot_level < 2), as_tuple=True))  # type: ignore[assignment]
-
-
-def _largest(stored: Tensor, exact: Tensor) -> Tensor:
-    """The largest L2 norm among stored radii `[B, H, N]` and exact tokens `[B, H, tokens, channels]`: `[B, H]`."""
-    norms = torch.linalg.vector_norm(exact.double(), dim=-1).amax(dim=-1) * bounds.OUTWARD
-    return torch.maximum(stored.amax(dim=-1), norms)

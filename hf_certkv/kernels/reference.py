@@ -25,7 +25,7 @@ class Segments:
 
     Attributes: float32; maximum, total, square: `[batch, kv_heads, rows, segments]` (largest score, sum of weights, sum of
     squared weights); output, square_output: `[batch, kv_heads, segments, rows, channels]`, values by weights and by squared
-    weights; sums: `[batch, kv_heads, rows, segments, 4]`, of weight * step, of its square, and of the values' squared norms
+    weights, the latter None where a kernel does without; sums: `[batch, kv_heads, rows, segments, 4]`, of weight * step, of its square, and of the values' squared norms
     by weights and by squared weights. A segment that is masked throughout has maximum -inf and sums 0.
     """
 
@@ -33,7 +33,7 @@ class Segments:
     total: Tensor
     square: Tensor
     output: Tensor
-    square_output: Tensor
+    square_output: Tensor | None
     sums: Tensor
 
 
@@ -172,7 +172,8 @@ def redo_blocks(
     segments.total[rows, heads, :, blocks] = part.total[:, 0, :, 0]
     segments.square[rows, heads, :, blocks] = part.square[:, 0, :, 0]
     segments.output[rows, heads, blocks] = part.output[:, 0, 0]
-    segments.square_output[rows, heads, blocks] = part.square_output[:, 0, 0]
+    if segments.square_output is not None and part.square_output is not None:
+        segments.square_output[rows, heads, blocks] = part.square_output[:, 0, 0]
     segments.sums[rows, heads, :, blocks] = part.sums[:, 0, :, 0]
 
 

@@ -1,0 +1,65 @@
+"""How kernels are compiled by numba: cached on disk where that is possible, with a word to the user when it takes time."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+_announced = False
+
+
+def announce() -> None:
+    """Say on stderr, once per process, that kernels are being compiled."""
+    global _announced
+    if not _announced:
+        _announced = True
+        print("hf_certkv: compiling CPU kernels (once; kept on disk where the cache can be written)", file=sys.stderr)
+
+
+def is_kept(function: Any) -> bool:
+    """Whether an earlier process left this version of a kernel on disk, or this one has compiled it."""
+    if function.signatures:
+        return True
+    try:
+        return bool(function._cache._cache_file._load_index())
+    except Exception:  # these are numba's own matters, and may change
+        return False
+
+
+@lru_cache(maxsize=1)
+def _sources() -> tuple[float, int]:
+    """What stands for the sources of all kernels, as numba stamps what it keeps: a change in any of them makes all new.
+
+    numba looks at the file of a function only, and would go on with the old code of what that function calls.
+    """
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*sorted(here.glob("*.py")), here.parent / "bounds.py", here.parent / "codecs.py"):
+        digest.update(path.read_bytes())
+    return 0.0, int.from_bytes(digest.digest()[:7], "big")
+
+
+def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`numba.njit` without the interpreter's lock, cached on disk. Args: options: further ones of `njit`."""
+    import numba
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        try:
+            made = numba.njit(nogil=True, cache=True, **options)(function)
+            made._cache._cache_file._source_stamp = _sources()
+        except (RuntimeError, AttributeError, OSError):  # no place to write to, no sources, or another numba
+            return numba.njit(nogil=True, **options)(function)
+        return made
+
+    return compiled
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through."""
+    import numba
+
+    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)

@@ -1,0 +1,250 @@
+"""The decode pass over one KV head's blocks and exact tokens, in numba: every code is read once, for all query rows together."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from . import micro
+from .compiling import part
+from .vectors import LANES
+
+ROWS = micro.ROWS
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+INFINITY = np.float32(np.inf)
+
+
+class Task(NamedTuple):
+    """What a pass reads and writes. Arrays are contiguous and given by their addresses. U units: batch row and KV head.
+
+    Attributes:
+        query, sizes: float32 `[U, rows, channels]`: scaled; its magnitudes over their largest (see `score_weights`).
+        key_codes, key_scale, key_offset, value_codes, value_scale, value_offset: as stored, with room for `room` blocks a unit.
+        exact_keys, exact_values: of `dtype`, with room for `exact_room` tokens a unit, the first `exact` of which count.
+        block_bias `[used, blocks, block]`, exact_bias `[used, exact]`: float32, or 0. From one batch row, KV head or query row
+            to the next, `*_strides` numbers.
+        maximum: float32 `[U, rows, blocks + 1]`, output `[U, blocks + 1, rows, width]`: as in `reference.Segments`.
+        sums: float32 `[U, rows, blocks + 1, 8]`: the four of `reference.Segments.sums`, then those of weights, of their squares,
+            cubes and fourth powers. squares: float32 `[U, blocks]`, of all numbers of a block's values.
+        query_l1, query_l2: float32 `[U, rows, blocks]`, what `score_weights` adds up, not rounded up yet.
+        rows: 1, or a multiple of ROWS; those beyond `used` are padding. heads: KV heads of a batch row. groups: value scales a
+            token; per_group: vectors of channels that share one. bits: of a value code. step_up: see `token_steps`.
+    """
+
+    query: int
+    sizes: int
+    key_codes: int
+    key_scale: int
+    key_offset: int
+    value_codes: int
+    value_scale: int
+    value_offset: int
+    exact_keys: int
+    exact_values: int
+    block_bias: int
+    exact_bias: int
+    block_strides: tuple[int, int, int]
+    exact_strides: tuple[int, int, int]
+    maximum: int
+    sums: int
+    squares: int
+    output: int
+    query_l1: int
+    query_l2: int
+    rows: int
+    used: int
+    heads: int
+    channels: int
+    width: int
+    block: int
+    blocks: int
+    room: int
+    exact: int
+    exact_room: int
+    dtype: int
+    bits: int
+    groups: int
+    per_group: int
+    softcap: float
+    step_up: float
+
+
+@part
+def blocks(task: Task, unit: int) -> None:
+    """All blocks of one unit."""
+    block, channels, width, rows, groups = task.block, task.channels, task.width, task.rows, task.groups
+    held = (np.empty(2 * channels, np.float32), np.empty(rows * block, np.float32), np.empty(block * LANES, np.float32))
+    grid, scores, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
+    more = (np.empty(2 * block * groups, np.float32), np.empty(2 * block, np.float32))
+    scale, offset = more[0].ctypes.data, more[0].ctypes.data + 4 * block * groups
+    steps, norms = more[1].ctypes.data, more[1].ctypes.data + 4 * block
+    count = rows * task.blocks
+    query_l1 = micro.float32s(task.query_l1 + 4 * unit * count, count)
+    query_l2 = micro.float32s(task.query_l2 + 4 * unit * count, count)
+    sums = micro.float32s(task.sums + 32 * unit * rows * (task.blocks + 1), 8 * rows * (task.blocks + 1))
+    all_squares = micro.float32s(task.squares + 4 * unit * task.blocks, task.blocks)
+    query, sizes = task.query + 4 * unit * rows * channels, task.sizes + 4 * unit * rows * channels
+    pitch = width if task.bits == 8 else width // 2
+    for number in range(task.blocks):
+        here = unit * task.room + number
+        micro.from_float16(task.key_scale, here * channels * 2, grid, 0, channels)
+        micro.from_float16(task.key_offset, here * channels * 2, grid, channels, channels)
+        for row in range(rows):
+            l1, l2 = micro.query_weights(sizes, row * channels, grid, 0, channels)
+            query_l1[row * task.blocks + number], query_l2[row * task.blocks + number] = l1, l2
+        for token in range(0, block, ROWS):
+            key = (here * block + token) * channels
+            if rows == 1:
+                micro.dots_codes_1(task.key_codes, key, grid, 0, query, 0, channels, scores, token, block)
+            else:
+                for row in range(0, rows, ROWS):
+                    to = row * block + token
+                    micro.dots_codes(task.key_codes, key, grid, 0, query, row * channels, channels, scores, to, block)
+        if task.softcap != 0:
+            _cap(scores, rows * block, task.softcap)
+        if task.block_bias != 0:
+            first, apart = _bias_of(task.block_strides, task.heads, unit)
+            for row in range(task.used):
+                bias = task.block_bias + 4 * (first + row * apart + number * block)
+                _add(scores + 4 * row * block, bias, block)
+        micro.from_float16(task.value_scale, here * block * groups * 2, scale, 0, block * groups)
+        micro.from_float16(task.value_offset, here * block * groups * 2, offset, 0, block * groups)
+        micro.token_steps(scale, 0, groups, block, np.float32(task.step_up), steps, 0)
+        _weigh(task, unit, number, scores, steps, block)
+        value, to = here * block * pitch, (unit * (task.blocks + 1) + number) * rows * width
+        for row in range(0, rows, ROWS):
+            # fmt: off
+            if task.bits == 8 and rows == 1:
+                micro.gather_bytes_1(task.value_codes, value, scale, offset, groups, task.per_group, scores, 0, block, squares,
+                                     task.output, to, width)
+            elif task.bits == 8:
+                micro.gather_bytes(task.value_codes, value, scale, offset, groups, task.per_group, scores, row * block, block,
+                                   squares, task.output, to + row * width, width)
+            elif rows == 1:
+                micro.gather_nibbles_1(task.value_codes, value, scale, offset, groups, task.per_group, scores, 0, block, squares,
+                                       task.output, to, width)
+            else:
+                micro.gather_nibbles(task.value_codes, value, scale, offset, groups, task.per_group, scores, row * block, block,
+                                     squares, task.output, to + row * width, width)
+            # fmt: on
+        micro.row_sums(squares, 0, block, norms, 0)
+        all_squares[number] = _total(norms, block)
+        for row in range(rows):
+            place = (row * (task.blocks + 1) + number) * 8
+            sums[place + 2], sums[place + 3] = micro.moments(scores, row * block, norms, 0, block)
+    # numba frees an array behind its last use, which an address is not.
+    held[0][0] = held[1][0] = held[2][0] = more[0][0] = more[1][0] = 0
+
+
+@part
+def _bias_of(strides: tuple[int, int, int], heads: int, unit: int) -> tuple[int, int]:
+    """Where a unit's bias begins, and how far its rows are apart."""
+    return (unit // heads) * strides[0] + (unit % heads) * strides[1], strides[2]
+
+
+@part
+def _add(numbers: int, more: int, count: int) -> None:
+    to, what = micro.float32s(numbers, count), micro.float32s(more, count)
+    for i in range(count):
+        to[i] += what[i]
+
+
+@part
+def _cap(numbers: int, count: int, softcap: float) -> None:
+    scores, cap = micro.float32s(numbers, count), np.float32(softcap)
+    for i in range(count):
+        scores[i] = np.float32(math.tanh(np.float64(scores[i] / cap))) * cap
+
+
+@part
+def _weigh(task: Task, unit: int, number: int, scores: int, steps: int, tokens: int) -> None:
+    """Scores `[rows, tokens]` to weights, in place; the maximum and the sums of segment `number`."""
+    count = task.rows * (task.blocks + 1)
+    maximum = micro.float32s(task.maximum + 4 * unit * count, count)
+    for row in range(task.rows):
+        place = row * (task.blocks + 1) + number
+        most = micro.largest(scores, row * tokens, tokens)
+        maximum[place] = most
+        base = most if most != -INFINITY else np.float32(0)
+        micro.weigh(scores, row * tokens, tokens, base, steps, 0, task.sums, (unit * count + place) * 8)
+
+
+@part
+def _total(numbers: int, count: int) -> float:
+    total = np.float32(0)
+    for x in micro.float32s(numbers, count):
+        total += x
+    return total
+
+
+@part
+def exact_tokens(task: Task, unit: int) -> tuple[float, float]:
+    """The exact tokens of one unit, as its last segment. Returns the largest norms of their keys and values, rounded up."""
+    tokens, channels, width, rows = task.exact, task.channels, task.width, task.rows
+    padded = -(-tokens // LANES) * LANES
+    key_array, value_array = np.zeros(padded * channels, np.float32), np.zeros(padded * width, np.float32)
+    held = (np.empty(rows * padded, np.float32), np.zeros(padded, np.float32), np.empty(padded * LANES, np.float32))
+    norm_array = np.zeros(padded, np.float32)
+    keys, values, norms = key_array.ctypes.data, value_array.ctypes.data, norm_array.ctypes.data
+    scores, steps, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
+    query = task.query + 4 * unit * rows * channels
+    widen(task.exact_keys, unit * task.exact_room * channels, tokens * channels, task.dtype, keys)
+    widen(task.exact_values, unit * task.exact_room * width, tokens * width, task.dtype, values)
+    for token in range(0, padded, ROWS):
+        if rows == 1:
+            micro.dots_exact_1(keys, token * channels, keys, 0, query, 0, channels, scores, token, padded)
+        else:
+            for row in range(0, rows, ROWS):
+                to = row * padded + token
+                micro.dots_exact(keys, token * channels, keys, 0, query, row * channels, channels, scores, to, padded)
+    if task.softcap != 0:
+        _cap(scores, rows * padded, task.softcap)
+    for row in range(rows):
+        if task.exact_bias != 0 and row < task.used:
+            first, apart = _bias_of(task.exact_strides, task.heads, unit)
+            _add(scores + 4 * row * padded, task.exact_bias + 4 * (first + row * apart), tokens)
+        for token in range(tokens, padded):
+            held[0][row * padded + token] = -INFINITY
+    _weigh(task, unit, task.blocks, scores, steps, padded)
+    to = (unit * (task.blocks + 1) + task.blocks) * rows * width
+    for row in range(0, rows, ROWS):
+        # fmt: off
+        if rows == 1:
+            micro.gather_exact_1(values, 0, steps, steps, 0, 1, scores, 0, padded, squares, task.output, to, width)
+        else:
+            micro.gather_exact(values, 0, steps, steps, 0, 1, scores, row * padded, padded, squares,
+                               task.output, to + row * width, width)
+        # fmt: on
+    micro.row_sums(squares, 0, padded, norms, 0)
+    key_norm, value_norm = 0.0, 0.0
+    for token in range(tokens):
+        square = micro.dot(keys, token * channels, keys, token * channels, channels)
+        key_norm = _longer(key_norm, square, key_array, token * channels, channels)
+        value_norm = _longer(value_norm, norm_array[token], value_array, token * width, width)
+    held[0][0] = held[1][0] = held[2][0] = 0  # as in `blocks`
+    return key_norm, value_norm
+
+
+@part
+def _longer(longest: float, square: float, numbers: np.ndarray, start: int, count: int) -> float:
+    """The larger of a norm and that of some numbers whose squares add up to `square` in float32; NaN if one is."""
+    exact = np.float64(square)
+    if not 1e-30 < square < 1e36:  # what float32 may have flushed or overflown, and NaN
+        exact = 0.0
+        for i in range(start, start + count):
+            exact += np.float64(numbers[i]) * np.float64(numbers[i])
+    norm = math.sqrt(exact) * (1 + (count + 8) * 2.0**-23)
+    return norm if norm > longest or norm != norm else longest
+
+
+@part
+def widen(source: int, start: int, count: int, dtype: int, numbers: int) -> None:
+    """`count` numbers (a multiple of 16) of a type, from number `start` on, as float32."""
+    if dtype == FLOAT32:
+        micro.from_float32(source, start * 4, numbers, 0, count)
+    elif dtype == FLOAT16:
+        micro.from_float16(source, start * 2, numbers, 0, count)
+    else:
+        micro.from_bfloat16(source, start * 2, numbers, 0, count)
