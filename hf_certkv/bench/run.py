@@ -1,0 +1,186 @@
+"""A run: the parts one after the other, and everything they found as one dictionary of plain JSON types."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..environment import describe
+from . import attention_op, decode_step, memory, prefill, quality
+from .harness import Timer, synchronizer
+from .memory import dense_bytes, too_large
+from .model import HIDDEN, KV_HEADS, QUERY_HEADS, build_model
+from .options import BenchOptions
+from .rows import Row, growth
+from .stages import kernel_name
+from .systems import DENSE, DYNAMIC, OURS, System, all_systems, by_format
+from .traces import TRACES, make_trace, statistics_of
+
+SCHEMA = 1
+PREFILL_ROUNDS = 5  # at most: a prefill is long, and little disturbs it
+Tell = Callable[[str, str], None]
+NOTES = (
+    "Times are seconds a call. Systems take turns in one process, in an order drawn anew each round, after warm-up.",
+    "fast path: a relative tolerance of 1e6, which every bound meets, so that every step stays on the fast path; the bound is "
+    "computed and returned as at any tolerance. The share of the fast path stands beside each time.",
+    "QuantizedCache backends quantise all their tokens again every 128 steps; so few steps are timed that none of it is in "
+    "the figures.",
+    "over_dense, over_bf16, over_fp32: ratio of the medians, and quartiles of the ratios round by round.",
+    "Resident bytes are of one process per system, before and after filling; the peak also holds the keys and values of the "
+    "layer that is being handed over.",
+)
+
+
+class Run:
+    """One run under way. `result` is complete JSON at any time: what is not measured yet is missing from its parts."""
+
+    def __init__(self, options: BenchOptions, tell: Tell, systems: list[System] | None = None) -> None:
+        self.options, self.tell = options, tell
+        self.device = torch.device(options.device)
+        found = all_systems(options.quick) if systems is None else systems
+        reasons = {system.name: system.unavailable(self.device) for system in found}
+        self.systems = [system for system in found if reasons[system.name] is None]
+        self.result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "machine": describe(),
+            "kernel": kernel_name(),
+            "options": options.to_dict(),
+            "model": {"hidden": HIDDEN, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "layers": options.layers},
+            "systems": [system.describe(reasons[system.name]) for system in found],
+            "notes": list(NOTES),
+            "traces": [],
+            "skipped": [],
+            "parts": {},
+            "seconds": {},
+        }
+
+    def part(self, name: str) -> None:
+        """Measure one part and keep what it found."""
+        start = time.perf_counter()
+        getattr(self, f"_{name}")()
+        self.result["seconds"][name] = round(time.perf_counter() - start, 1)
+
+    def _timer(self, rounds: int | None = None, warmup: int = 2) -> Timer:
+        warmup = 1 if self.options.quick else warmup
+        return Timer(rounds or self.options.rounds, warmup, self.options.seed, synchronize=synchronizer(self.device))
+
+    def _room(self, part: str, place: Row, dense: int, copies: float) -> bool:
+        """Whether so many times the dense bytes fit; if not, it is noted and passed over."""
+        reason = too_large(int(copies * dense), self.device)
+        if reason is not None:
+            self.result["skipped"].append({"part": part, **place, "reason": reason})
+        return reason is None
+
+    def _attention(self) -> None:
+        attention: list[Row] = []
+        layer: list[Row] = []
+        first = (self.options.head_dims[0], self.options.batches[0])
+        for context, head_dim, batch in self.options.shapes:
+            place: Row = {"context": context, "head_dim": head_dim, "batch": batch}
+            # Originals, codes and planes of each system; float32 and repeated copies of the dense ones.
+            if not self._room("attention", place, dense_bytes(context, head_dim, batch, 1), 2 * len(self.systems) + 16):
+                continue
+            # Another trace changes the errors and what the tolerance costs, hardly the fast path's time.
+            every = (head_dim, batch) == first and (not self.options.quick or context == min(self.options.contexts))
+            for name in TRACES if every else TRACES[:1]:
+                self.tell("attention", f"{context:,} tokens, {batch} x {head_dim}, {name}")
+                trace = make_trace(name, context, batch, KV_HEADS, QUERY_HEADS, head_dim, self.options.seed, device=self.device)
+                self.result["traces"].append({**place, "name": name, "seed": trace.seed, **statistics_of(trace)})
+                rows = attention_op.measure(trace, self.systems, self._timer(), place)
+                attention += rows[0]
+                layer += rows[1]
+                del trace
+        self.result["parts"]["attention"] = {"rows": attention, "growth": growth(attention)}
+        self.result["parts"]["layer"] = {"rows": layer, "growth": growth(layer)}
+
+    def _models(self) -> Callable[[int], Any]:
+        models: dict[int, Any] = {}
+
+        def model(head_dim: int) -> Any:
+            if head_dim not in models:
+                models[head_dim] = build_model(head_dim, self.options.layers, self.device, self.options.seed)
+            return models[head_dim]
+
+        return model
+
+    def _decode(self) -> None:
+        rows: list[Row] = []
+        model = self._models()
+        for context, head_dim, batch in self.options.shapes:
+            place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": self.options.layers}
+            dense = dense_bytes(context, head_dim, batch, self.options.layers)
+            if not self._room("decode", place, dense, 2 * len(self.systems) + 2):
+                continue
+            self.tell("decode", f"{context:,} tokens, {batch} x {head_dim}")
+            rows += decode_step.measure(model(head_dim), context, batch, self.systems, self._timer(), place, self.options.seed)
+        self.result["parts"]["decode"] = {"rows": rows, "growth": growth(rows)}
+
+    def _prefill(self) -> None:
+        rows: list[Row] = []
+        model = self._models()
+        head_dim, batch = self.options.head_dims[0], self.options.batches[0]
+        for context in self.options.prefills:
+            place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": self.options.layers}
+            self.tell("prefill", f"{context:,} tokens")
+            timer = self._timer(min(PREFILL_ROUNDS, self.options.rounds), warmup=1)
+            rows += prefill.measure(model(head_dim), context, batch, by_format(self.systems), timer, place, self.options.seed)
+        self.result["parts"]["prefill"] = {"rows": rows, "growth": growth(rows)}
+
+    def _filled(self, part: str, systems: list[System], contexts: tuple[int, ...], layers: int) -> None:
+        shapes = [(context, self.options.head_dims[0], self.options.batches[0]) for context in contexts]
+        rows, skipped = memory.measure(systems, shapes, layers, self.options, lambda text: self.tell(part, text))
+        self.result["parts"][part] = {"rows": rows}
+        self.result["skipped"] += [{"part": part, **one} for one in skipped]
+
+    def _memory(self) -> None:
+        systems, contexts = by_format(self.systems), self.options.contexts
+        if self.options.quick:
+            systems = [system for system in systems if system.kind == OURS and system.settings["value_bits"] == 4][-1:]
+            contexts = contexts[-1:]
+        self._filled("memory", systems, contexts, self.options.layers)
+
+    def _long(self) -> None:
+        systems = [
+            system for system in by_format(self.systems) if system.name == DYNAMIC or system.name.startswith("fast path")
+        ]
+        if self.options.quick:
+            systems = [system for system in systems if system.kind != DENSE][:1]
+        self._filled("long", systems, (self.options.long,), 1)
+
+    def _quality(self) -> None:
+        rows = quality.measure(
+            self.options.quality_context, self.options.audited_steps, self.systems, self._timer(), self.device,
+            self.options.seed, lambda text: self.tell("quality", text),
+        )  # fmt: skip
+        self.result["parts"]["quality"] = {"rows": rows}
+
+
+def run(
+    options: BenchOptions,
+    tell: Tell = lambda part, text: None,
+    save: Callable[[dict[str, Any]], None] = lambda result: None,
+    systems: list[System] | None = None,
+) -> dict[str, Any]:
+    """Measure what the options ask for.
+
+    Args:
+        options: of the run; tell: called with a part and what it is at; save: called with the result so far after each part;
+        systems: to compare, all if None.
+
+    Raises: InputError: an option is out of range.
+    """
+    before = torch.get_num_threads()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        with torch.inference_mode():
+            current = Run(options, tell, systems)
+            for part in options.what:
+                current.part(part)
+                save(current.result)
+    finally:
+        torch.set_num_threads(before)
+    return current.result
