@@ -17,7 +17,7 @@ What = Annotated[
     str | None,
     typer.Option("--what", help="Parts, with commas: attention, decode, prefill, memory, quality, long. All, if left out."),
 ]
-Numbers = Annotated[str | None, typer.Option(help="Tokens held, with commas.")]
+Numbers = Annotated[str | None, typer.Option(help="Tokens held, with commas. Prefills: those up to 8192; long: the longest.")]
 Widths = Annotated[str | None, typer.Option("--head-dim", help="Channels of a head, with commas. The first: everywhere.")]
 Batches = Annotated[str | None, typer.Option("--batch", help="Rows of the batch, with commas. The first: everywhere.")]
 
@@ -80,7 +80,7 @@ def _options(
     what: str | None, contexts: str | None, head_dim: str | None, batch: str | None, threads: int | None,
     rounds: int | None, device: Device, seed: int, quick: bool,
 ) -> BenchOptions:  # fmt: skip
-    from .bench.options import BenchOptions
+    from .bench.options import PREFILLS, BenchOptions
 
     changes: dict[str, Any] = {"seed": seed, "threads": threads, "device": _resolve(device)}
     if what is not None:
@@ -90,6 +90,9 @@ def _options(
     ):  # fmt: skip
         if text is not None:
             changes[name] = _numbers(option, text)
+    if "contexts" in changes:
+        changes["prefills"] = tuple(size for size in changes["contexts"] if size <= PREFILLS[-1]) or PREFILLS[:1]
+        changes["long"] = max(changes["contexts"])
     if rounds is not None:
         changes["rounds"] = rounds
     return BenchOptions.brief(**changes) if quick else BenchOptions(**changes)

@@ -19,15 +19,21 @@ from torch import Tensor
 from ..cache import CertifiedQuantizedCache
 from . import statistics
 from .harness import Samples, Timer, describe_failure
-from .model import QUERY_HEADS, model_config
+from .model import KV_HEADS, QUERY_HEADS, model_config
 from .rows import Row, evidence, timed_rows
 from .stages import certificate_share, stage_seconds
 from .systems import DYNAMIC, OURS, PEER, System
 from .traces import Trace, errors, exact_attention
 
-BF16, FP32 = "dense bf16 SDPA", "dense fp32 SDPA"
-REPEATED_UP_TO = 65536  # tokens times batch rows: repeated float32 heads of more are larger than all caches together
+BF16, FP32 = "dense bf16", "dense fp32"  # torch's scaled_dot_product_attention
+REPEATED_UP_TO = 32768  # tokens times batch rows: repeated float32 heads of more are larger than all caches together
 attend = torch.nn.functional.scaled_dot_product_attention
+
+
+def dense_copies(context: int, batch: int) -> float:
+    """What the dense candidates and the trace take, in copies of the dense bfloat16 keys and values."""
+    repeated = 3 * QUERY_HEADS / KV_HEADS if context * batch <= REPEATED_UP_TO else 0
+    return 4.0 + repeated
 
 
 def measure(trace: Trace, systems: list[System], timer: Timer, place: Row) -> tuple[list[Row], list[Row]]:
@@ -89,7 +95,7 @@ def _dense_calls(trace: Trace) -> dict[str, Callable[[], Tensor]]:
     repeats = QUERY_HEADS // trace.keys.shape[1]
     for kind, dtype in ((BF16, torch.bfloat16), (FP32, torch.float32)):
         query, keys, values = (part.to(dtype) for part in (trace.query, trace.keys, trace.values))
-        calls[f"{kind}, enable_gqa"] = lambda q=query, k=keys, v=values: attend(q, k, v, enable_gqa=True)  # type: ignore[misc]
+        calls[f"{kind}, grouped"] = lambda q=query, k=keys, v=values: attend(q, k, v, enable_gqa=True)  # type: ignore[misc]
         if keys.shape[0] * keys.shape[2] <= REPEATED_UP_TO:
             keys, values = (part.repeat_interleave(repeats, dim=1) for part in (keys, values))
             calls[f"{kind}, repeated"] = lambda q=query, k=keys, v=values: attend(q, k, v)  # type: ignore[misc]

@@ -23,7 +23,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 def _table(section: Part) -> Table:
     table = Table(title=section.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, name in enumerate(section.header):
-        table.add_column(name, justify="left" if place < section.left else "right")
+        table.add_column(name, justify="left" if place < section.left else "right", no_wrap=place < section.left)
     previous = None
     for row in section.rows:
         if previous is not None and row[0] != previous:

@@ -17,9 +17,10 @@ from ..config import CertKVConfig
 from ..plan import plan_memory
 from .model import DTYPE, KV_HEADS, model_config
 from .options import BenchOptions
-from .systems import OURS, System
+from .systems import DENSE, OURS, System
 
 USABLE = 0.7  # of the memory that is free
+OURS_COPIES, OTHER_COPIES = 1.8, 1.2  # of the dense bytes: codes, planes and originals; codes, and what a step copies
 SUBPROCESS_SECONDS = 1800
 
 
@@ -82,6 +83,27 @@ def too_large(need: int, device: torch.device) -> str | None:
     return f"needs about {need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
 
 
+def needed(systems: list[System], dense: int, fixed: float) -> float:
+    """Bytes for these systems' caches and `fixed` copies of the dense bytes."""
+    return dense * (fixed + sum(OURS_COPIES if system.kind == OURS else OTHER_COPIES for system in systems))
+
+
+def groups(systems: list[System], dense: int, fixed: float, device: torch.device) -> list[list[System]]:
+    """As few groups as fit the free memory, each with the dense system; empty where not even the dense and another one fit."""
+    free = available_bytes(device)
+    if free is None or needed(systems, dense, fixed) <= USABLE * free:
+        return [systems]
+    reference = [system for system in systems if system.kind == DENSE]
+    out: list[list[System]] = []
+    for system in systems:
+        if system.kind == DENSE:
+            continue
+        if not out or needed([*out[-1], system], dense, fixed) > USABLE * free:
+            out.append([*reference])
+        out[-1].append(system)
+    return out if all(needed(group, dense, fixed) <= USABLE * free for group in out) else []
+
+
 def predicted(system: System, context: int, head_dim: int, batch: int, layers: int) -> dict[str, int] | None:
     """What `certkv plan` says of this package's caches; None of the others."""
     if system.kind != OURS:
@@ -122,7 +144,7 @@ def measure(systems: list[System], shapes: list[tuple[int, int, int]], layers: i
         for system in systems:
             place = {"context": context, "head_dim": head_dim, "batch": batch, "layers": layers}
             tell(f"{context:,} tokens, {system.name}")
-            reason = too_large(4 * dense, torch.device("cpu"))
+            reason = too_large(4 * dense, torch.device("cpu")) or too_large(4 * dense, torch.device(options.device))
             if reason is not None:
                 skipped.append({**place, "system": system.name, "reason": reason})
                 continue

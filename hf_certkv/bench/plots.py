@@ -24,8 +24,8 @@ class Question:
     draw: Callable[[Any, Result], bool]
 
 
-def draw_all(result: Result, folder: Path) -> list[str]:
-    """Draw what the run has data for, each as PNG and SVG. Returns the file names."""
+def draw_all(result: Result, folder: Path, endings: tuple[str, ...] = ("png", "svg")) -> list[str]:
+    """Draw what the run has data for, each as PNG and SVG unless said otherwise. Returns the file names."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,7 +38,7 @@ def draw_all(result: Result, folder: Path) -> list[str]:
         if not question.draw(figure, result):
             continue
         figure.suptitle(question.title, fontsize=12, weight="bold")
-        for ending in ("png", "svg"):
+        for ending in endings:
             path = folder / f"{name}.{ending}"
             # Dates and random ids would make every run's pictures differ.
             figure.savefig(path, metadata={"Date": None} if ending == "svg" else None)
@@ -83,6 +83,11 @@ def _lines(axis: Any, result: Result, rows: list[Row], value: Value, scale: floa
     axis.set_xlabel("tokens in the cache")
     axis.grid(alpha=0.3)
     return drawn
+
+
+def figure_of(row: Row, name: str, key: str) -> Any:
+    """One figure of a summary, None where there is none."""
+    return (row.get(name) or {}).get(key)
 
 
 def _legend(figure: Any, axis: Any) -> None:
@@ -173,7 +178,8 @@ def _tolerances(figure: Any, result: Result) -> bool:
 
 
 def _bounds(figure: Any, result: Result) -> bool:
-    rows = [row for row in result["parts"]["attention"]["rows"] if row.get("bound") and row.get("error")]
+    rows = [row for row in result["parts"]["attention"]["rows"] if figure_of(row, "bound", "p50")]
+    rows = [row for row in rows if figure_of(row, "error", "median")]
     if not rows:
         return False
     axis = figure.subplots()

@@ -81,8 +81,8 @@ def size(value: float | None) -> str:
 
 
 def shape(row: Row) -> list[str]:
-    """The columns that say what was measured: tokens, rows x channels."""
-    return [f"{row['context']:,}", f"{row['batch']} x {row['head_dim']}"]
+    """The columns that say what was measured: tokens; rows x channels."""
+    return [f"{row['context']:,}", f"{row['batch']}x{row['head_dim']}"]
 
 
 def _attention(row: Row) -> list[str]:
@@ -122,11 +122,11 @@ def _quality(row: Row) -> list[str]:
             figure(row.get("bound_over_error"), "p50")]  # fmt: skip
 
 
-_PLACE = ["tokens", "rows x channels"]
+_PLACE = ["tokens", "shape"]
 _MEMORY = [*_PLACE, "system", "device: planned", "counted", "of dense", "host: planned", "counted", "resident", "its peak",
            "fill, s", "step, ms"]  # fmt: skip
 _TABLES = {
-    "attention": (_attention, [*_PLACE, "trace", "system", "ms", "of bf16 dense", "of fp32 dense", "fast path", "certificate",
+    "attention": (_attention, [*_PLACE, "trace", "system", "ms", "of bf16", "of fp32", "fast path", "certificate",
                                "moved a call", "bound", "true error"], 4),
     "layer": (_layer, [*_PLACE, "trace", "system", "ms", "of DynamicCache", "true error", "largest"], 4),
     "decode": (_decode, [*_PLACE, "system", "ms", "of DynamicCache", "fast path", "moved a layer", "bound"], 3),
@@ -197,7 +197,7 @@ def traces_table(result: Result) -> str:
 def growth_table(result: Result) -> str | None:
     """With which power of the context the times grow."""
     rows = [
-        [TITLES[key], one["system"], one["trace"] or "-", f"{one['batch']} x {one['head_dim']}", f"{one['exponent']:.2f}",
+        [TITLES[key], one["system"], one["trace"] or "-", f"{one['batch']}x{one['head_dim']}", f"{one['exponent']:.2f}",
          f"{min(one['contexts']):,} to {max(one['contexts']):,}"]
         for key, part in result["parts"].items()
         for one in part.get("growth", [])
@@ -207,8 +207,9 @@ def growth_table(result: Result) -> str | None:
 
 def document(result: Result, plots: Iterable[str] = (), folder: str = "") -> str:
     """All tables as a Markdown page. plots: file names, which are shown from `folder`."""
-    shown = {name.rsplit(".", 1)[0]: name for name in plots if not name.endswith(".svg")}
-    out = ["# Benchmarks", "Written by `certkv bench` from its JSON. Spread: quartiles. Bounds and errors are shares of the "
+    shown = {name.rsplit(".", 1)[0]: name for name in plots}
+    out = ["# Benchmarks", "Written by `certkv bench` from its JSON. Shape: rows of the batch x channels of a head. Spread: quartiles. Bounds and "
+        "errors are shares of the "
            "output's L2 norm, medians over head-steps."]  # fmt: skip
     out.append("\n".join(f"- {note}" for note in result["notes"]))
     from .plots import QUESTIONS

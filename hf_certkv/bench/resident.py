@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .harness import synchronizer
 from .memory import counted
 from .model import QUERY_HEADS, model_config
 from .systems import System, all_systems
@@ -94,12 +95,14 @@ def _fill(
 ) -> dict[str, float]:
     """Hand over `context` tokens a layer, then `steps` single ones with attention. Returns seconds of each."""
     fill = step = 0.0
+    wait = synchronizer(device)
     query = torch.empty(0)
     for layer in range(layers):
         drawn = make_trace(trace, context, batch, seed=seed + layer, device=device, **sizes)
         query = drawn.query
         start = time.perf_counter()
         returned = cache.update(drawn.keys, drawn.values, layer)
+        wait()
         fill += time.perf_counter() - start
         del drawn, returned
     generator = torch.Generator().manual_seed(seed)
@@ -110,6 +113,7 @@ def _fill(
             start = time.perf_counter()
             keys, values = cache.update(key, value, layer)
             torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+            wait()
             step += (time.perf_counter() - start) / steps
             del keys, values
     return {"fill_seconds": fill, "step_seconds": step}

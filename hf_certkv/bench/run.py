@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from .systems import DENSE, DYNAMIC, OURS, System, all_systems, by_format
 from .traces import TRACES, make_trace, statistics_of
 
 SCHEMA = 1
+TRACES_UP_TO = 32768  # tokens: longer ones are drawn of the first trace only
+DECODE_COPIES = 2.0  # of the dense bytes, beside the caches: one layer's trace, and what is copied at a step
 PREFILL_ROUNDS = 5  # at most: a prefill is long, and little disturbs it
 Tell = Callable[[str, str], None]
 NOTES = (
@@ -29,6 +32,8 @@ NOTES = (
     "QuantizedCache backends quantise all their tokens again every 128 steps; so few steps are timed that none of it is in "
     "the figures.",
     "over_dense, over_bf16, over_fp32: ratio of the medians, and quartiles of the ratios round by round.",
+    "Where all systems together do not fit the memory that is free, they are measured in groups (`group`), each beside its own "
+    "dense ones.",
     "Resident bytes are of one process per system, before and after filling; the peak also holds the keys and values of the "
     "layer that is being handed over.",
 )
@@ -67,34 +72,39 @@ class Run:
         warmup = 1 if self.options.quick else warmup
         return Timer(rounds or self.options.rounds, warmup, self.options.seed, synchronize=synchronizer(self.device))
 
-    def _room(self, part: str, place: Row, dense: int, copies: float) -> bool:
-        """Whether so many times the dense bytes fit; if not, it is noted and passed over."""
-        reason = too_large(int(copies * dense), self.device)
-        if reason is not None:
+    def _groups(self, part: str, place: Row, dense: int, fixed: float) -> list[list[System]]:
+        """Systems to measure at once; none where not even two have room, which is noted."""
+        found = memory.groups(self.systems, dense, fixed, self.device)
+        if not found:
+            reason = too_large(int(memory.needed(self.systems[:2], dense, fixed)), self.device) or "too little memory is free"
             self.result["skipped"].append({"part": part, **place, "reason": reason})
-        return reason is None
+        return found
 
     def _attention(self) -> None:
         attention: list[Row] = []
         layer: list[Row] = []
-        first = (self.options.head_dims[0], self.options.batches[0])
         for context, head_dim, batch in self.options.shapes:
             place: Row = {"context": context, "head_dim": head_dim, "batch": batch}
-            # Originals, codes and planes of each system; float32 and repeated copies of the dense ones.
-            if not self._room("attention", place, dense_bytes(context, head_dim, batch, 1), 2 * len(self.systems) + 16):
-                continue
-            # Another trace changes the errors and what the tolerance costs, hardly the fast path's time.
-            every = (head_dim, batch) == first and (not self.options.quick or context == min(self.options.contexts))
-            for name in TRACES if every else TRACES[:1]:
+            dense = dense_bytes(context, head_dim, batch, 1)
+            groups = self._groups("attention", place, dense, attention_op.dense_copies(context, batch))
+            for name in self._traces(context, head_dim, batch) if groups else ():
                 self.tell("attention", f"{context:,} tokens, {batch} x {head_dim}, {name}")
                 trace = make_trace(name, context, batch, KV_HEADS, QUERY_HEADS, head_dim, self.options.seed, device=self.device)
                 self.result["traces"].append({**place, "name": name, "seed": trace.seed, **statistics_of(trace)})
-                rows = attention_op.measure(trace, self.systems, self._timer(), place)
-                attention += rows[0]
-                layer += rows[1]
+                for number, group in enumerate(groups):
+                    rows = attention_op.measure(trace, group, self._timer(), {**place, "group": number})
+                    attention += _new_rows(attention, rows[0])
+                    layer += _new_rows(layer, rows[1])
                 del trace
         self.result["parts"]["attention"] = {"rows": attention, "growth": growth(attention)}
         self.result["parts"]["layer"] = {"rows": layer, "growth": growth(layer)}
+
+    def _traces(self, context: int, head_dim: int, batch: int) -> tuple[str, ...]:
+        """All traces where that can be paid for; another trace changes errors and what a tolerance costs, little else."""
+        options = self.options
+        first = (head_dim, batch) == (options.head_dims[0], options.batches[0])
+        longest = min(options.contexts) if options.quick else TRACES_UP_TO
+        return TRACES if first and context <= longest else TRACES[:1]
 
     def _models(self) -> Callable[[int], Any]:
         models: dict[int, Any] = {}
@@ -112,10 +122,12 @@ class Run:
         for context, head_dim, batch in self.options.shapes:
             place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": self.options.layers}
             dense = dense_bytes(context, head_dim, batch, self.options.layers)
-            if not self._room("decode", place, dense, 2 * len(self.systems) + 2):
-                continue
-            self.tell("decode", f"{context:,} tokens, {batch} x {head_dim}")
-            rows += decode_step.measure(model(head_dim), context, batch, self.systems, self._timer(), place, self.options.seed)
+            for number, group in enumerate(self._groups("decode", place, dense, DECODE_COPIES)):
+                self.tell("decode", f"{context:,} tokens, {batch} x {head_dim}")
+                found = decode_step.measure(
+                    model(head_dim), context, batch, group, self._timer(), {**place, "group": number}, self.options.seed
+                )
+                rows += _new_rows(rows, found)
         self.result["parts"]["decode"] = {"rows": rows, "growth": growth(rows)}
 
     def _prefill(self) -> None:
@@ -158,6 +170,25 @@ class Run:
         self.result["parts"]["quality"] = {"rows": rows}
 
 
+def _new_rows(rows: list[Row], found: list[Row]) -> list[Row]:
+    """Those of `found` that are not in `rows` yet: every group has measured the dense systems for its own ratios."""
+    known = {_identity(row) for row in rows}
+    return [row for row in found if _identity(row) not in known]
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("context", "head_dim", "batch", "trace", "system"))
+
+
+def plain(value: Any) -> Any:
+    """The same with None for every number that is not finite: JSON has no others."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def run(
     options: BenchOptions,
     tell: Tell = lambda part, text: None,
@@ -180,6 +211,7 @@ def run(
             current = Run(options, tell, systems)
             for part in options.what:
                 current.part(part)
+                current.result = plain(current.result)
                 save(current.result)
     finally:
         torch.set_num_threads(before)
