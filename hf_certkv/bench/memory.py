@@ -135,27 +135,13 @@ def resident(system: System, context: int, head_dim: int, batch: int, layers: in
     return result
 
 
-def measure(systems: list[System], shapes: list[tuple[int, int, int]], layers: int, options: BenchOptions, tell: Any) -> Any:
-    """Rows by shape and system: bytes predicted, counted and resident; and what was left out."""
-    rows: list[dict[str, Any]] = []
-    skipped: list[dict[str, Any]] = []
-    for context, head_dim, batch in shapes:
-        dense = dense_bytes(context, head_dim, batch, layers)
-        for system in systems:
-            place = {"context": context, "head_dim": head_dim, "batch": batch, "layers": layers}
-            tell(f"{context:,} tokens, {system.name}")
-            reason = too_large(4 * dense, torch.device("cpu")) or too_large(4 * dense, torch.device(options.device))
-            if reason is not None:
-                skipped.append({**place, "system": system.name, "reason": reason})
-                continue
-            found = resident(system, context, head_dim, batch, layers, options)
-            rows.append(
-                {
-                    **place,
-                    "system": system.name,
-                    "dense_bytes": dense,
-                    "predicted": predicted(system, context, head_dim, batch, layers),
-                    **found,
-                }
-            )
-    return rows, skipped
+def measure(system: System, place: dict[str, Any], options: BenchOptions) -> tuple[dict[str, Any], str | None]:
+    """A row: bytes predicted, counted and resident; or why it was left out. `place`: context, head_dim, batch, layers."""
+    dense = dense_bytes(**place)
+    for device in (torch.device("cpu"), torch.device(options.device)):
+        reason = too_large(4 * dense, device)
+        if reason is not None:
+            return {}, reason
+    found = resident(system, **place, options=options)
+    row = {**place, "system": system.name, "dense_bytes": dense, "predicted": predicted(system, **place), **found}
+    return row, None

@@ -1,11 +1,13 @@
 """One cache in a process of its own, and that process's memory: `python -m hf_certkv.bench.resident REQUEST`.
 
-Prints one line of JSON. Resident bytes are of the whole process, so the difference before and after filling is what counts;
-the peak is above what was resident before, and has in it the keys and values of the one layer that is being handed over.
+Prints one line of JSON. Resident bytes are of the whole process, so what counts is the difference before and after filling,
+once the allocator gave back what was freed; beside it, untrimmed, with what it keeps. The peak is above what was resident
+before, and has in it the keys and values of the one layer that is being handed over.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
@@ -31,6 +33,15 @@ def resident_bytes() -> int | None:
     except ImportError:
         return None
     return int(psutil.Process().memory_info().rss)
+
+
+def return_freed() -> bool:
+    """Ask glibc to give back what is freed and only kept for later: otherwise it is resident, and no one's. False elsewhere."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def restart_peak() -> bool:
@@ -65,6 +76,7 @@ def measure(
     # A small one first: what libraries set up at their first use is not the cache's either.
     _fill(system.make(model_config(head_dim, 1)), "diffuse", 512, batch, 1, seed, device, sizes, steps)
     gc.collect()
+    return_freed()
     restarted = restart_peak()
     cuda = device.type == "cuda"
     if cuda:
@@ -74,11 +86,15 @@ def measure(
     cache = system.make(config)
     seconds = _fill(cache, "diffuse", context, batch, layers, seed, device, sizes, steps)
     gc.collect()
-    after, peak = resident_bytes(), peak_bytes()
+    untrimmed, peak = resident_bytes(), peak_bytes()
+    trimmed = return_freed()
+    after = resident_bytes()
     out: dict[str, Any] = {
         "counted": counted(cache),
         "resident_before_bytes": before,
         "resident_after_bytes": after,
+        "resident_untrimmed_bytes": None if before is None or untrimmed is None else untrimmed - before,
+        "trimmed": trimmed,
         "resident_bytes": None if before is None or after is None else after - before,
         "peak_above_before_bytes": None if before is None or peak is None else peak - before,
         "peak_restarted": restarted,

@@ -34,8 +34,9 @@ NOTES = (
     "over_dense, over_bf16, over_fp32: ratio of the medians, and quartiles of the ratios round by round.",
     "Where all systems together do not fit the memory that is free, they are measured in groups (`group`), each beside its own "
     "dense ones.",
-    "Resident bytes are of one process per system, before and after filling; the peak also holds the keys and values of the "
-    "layer that is being handed over.",
+    "Resident bytes are of one process per system, before and after filling and a few steps, once the allocator gave back what "
+    "was freed (resident_untrimmed_bytes: with what it keeps); the peak also holds the keys and values of the layer that is "
+    "being handed over.",
 )
 
 
@@ -74,11 +75,24 @@ class Run:
 
     def _groups(self, part: str, place: Row, dense: int, fixed: float) -> list[list[System]]:
         """Systems to measure at once; none where not even two have room, which is noted."""
-        found = memory.groups(self.systems, dense, fixed, self.device)
+        systems = self._allowed(part, place)
+        found = memory.groups(systems, dense, fixed, self.device)
         if not found:
-            reason = too_large(int(memory.needed(self.systems[:2], dense, fixed)), self.device) or "too little memory is free"
+            reason = too_large(int(memory.needed(systems[:2], dense, fixed)), self.device) or "too little memory is free"
             self.result["skipped"].append({"part": part, **place, "reason": reason})
         return found
+
+    def _allowed(self, part: str, place: Row, systems: list[System] | None = None) -> list[System]:
+        """Systems that may hold so many tokens here; what is left out is noted."""
+        out = []
+        for system in self.systems if systems is None else systems:
+            most = system.most_tokens if self.device.type == "cpu" else None
+            if most is None or place["context"] * place["batch"] <= most:
+                out.append(system)
+                continue
+            reason = f"{system.why_most} ({most:,} tokens at most on a CPU)"
+            self.result["skipped"].append({"part": part, **place, "system": system.name, "reason": reason})
+        return out
 
     def _attention(self) -> None:
         attention: list[Row] = []
@@ -138,14 +152,23 @@ class Run:
             place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": self.options.layers}
             self.tell("prefill", f"{context:,} tokens")
             timer = self._timer(min(PREFILL_ROUNDS, self.options.rounds), warmup=1)
-            rows += prefill.measure(model(head_dim), context, batch, by_format(self.systems), timer, place, self.options.seed)
+            systems = self._allowed("prefill", place, by_format(self.systems))
+            rows += prefill.measure(model(head_dim), context, batch, systems, timer, place, self.options.seed)
         self.result["parts"]["prefill"] = {"rows": rows, "growth": growth(rows)}
 
     def _filled(self, part: str, systems: list[System], contexts: tuple[int, ...], layers: int) -> None:
-        shapes = [(context, self.options.head_dims[0], self.options.batches[0]) for context in contexts]
-        rows, skipped = memory.measure(systems, shapes, layers, self.options, lambda text: self.tell(part, text))
+        head_dim, batch = self.options.head_dims[0], self.options.batches[0]
+        rows: list[Row] = []
+        for context in contexts:
+            place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": layers}
+            for system in self._allowed(part, place, systems):
+                self.tell(part, f"{context:,} tokens, {system.name}")
+                row, reason = memory.measure(system, place, self.options)
+                if reason is None:
+                    rows.append(row)
+                else:
+                    self.result["skipped"].append({"part": part, **place, "system": system.name, "reason": reason})
         self.result["parts"][part] = {"rows": rows}
-        self.result["skipped"] += [{"part": part, **one} for one in skipped]
 
     def _memory(self) -> None:
         systems, contexts = by_format(self.systems), self.options.contexts
