@@ -255,6 +255,7 @@ def test_a_run_says_where_with_what_and_how(result: dict[str, Any]) -> None:
     machine = result["machine"]
     assert machine["torch"] == torch.__version__ and machine["threads"] == 1 and "commit" in machine
     assert result["options"] == tiny(threads=1).to_dict()
+    assert set(result["load"]) == set(result["seconds"]) == {"attention", "decode", "prefill", "quality"}
     assert set(result["parts"]) == {"attention", "layer", "decode", "prefill", "quality"}
     by_name = {one["name"]: one for one in result["systems"]}
     assert by_name["QuantizedCache hqq"]["available"] is False

@@ -110,7 +110,8 @@ def _ratios(part: str) -> Callable[[Any, Result], bool]:
         axis = figure.subplots()
         drawn = _lines(axis, result, _first_shape(result, part), lambda row: row.get("over_dense"))
         axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_ylabel("over DynamicCache")
         _legend(figure, axis)
         return drawn

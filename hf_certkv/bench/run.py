@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,8 @@ NOTES = (
     "computed and returned as at any tolerance. The share of the fast path stands beside each time.",
     "QuantizedCache backends quantise all their tokens again every 128 steps; so few steps are timed that none of it is in "
     "the figures.",
+    "load: the machine's load averages before each part; where others keep its cores busy, several threads wait for each "
+    "other, and times say little.",
     "over_dense, over_bf16, over_fp32: ratio of the medians, and quartiles of the ratios round by round.",
     "Where all systems together do not fit the memory that is free, they are measured in groups (`group`), each beside its own "
     "dense ones.",
@@ -61,11 +64,13 @@ class Run:
             "skipped": [],
             "parts": {},
             "seconds": {},
+            "load": {},
         }
 
     def part(self, name: str) -> None:
         """Measure one part and keep what it found."""
         start = time.perf_counter()
+        self.result["load"][name] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
         getattr(self, f"_{name}")()
         self.result["seconds"][name] = round(time.perf_counter() - start, 1)
 
