@@ -74,7 +74,7 @@ def _attention(trace: Trace, caches: dict[str, Any], timer: Timer, place: Row) -
 def judge(cache: CertifiedQuantizedCache, call: Callable[[], Tensor], exact: Tensor) -> tuple[Tensor, float]:
     """One more, untimed call: its output, and the largest true error over the bound that came with it.
 
-    What rounding the output to the query's dtype adds is in the error and not in the bound, as in the audit.
+    Above 1 it would be a broken certificate: what rounding the output to the query's dtype adds is in the bound, too.
     """
     recorder = cache.recorder
     cache.report()  # what came before is counted and not kept

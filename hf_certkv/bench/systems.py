@@ -112,7 +112,10 @@ def all_systems(quick: bool = False) -> list[System]:
         quantized("quanto", ("optimum-quanto", "optimum.quanto")),
         # Its quantiser optimises every group: seconds for a thousand tokens, and ten times the dense bytes meanwhile.
         quantized(
-            "hqq", ("hqq", "hqq"), 1024 if quick else 32768, "quantising more takes too long and ten times the dense bytes"
+            "hqq",
+            ("hqq", "hqq"),
+            1024 if quick else 32768,
+            "its quantiser takes minutes for more, and ten times the dense bytes",
         ),
         quantized("fp8", None),
         certified("naive K8 V4", CertKVConfig.naive()),
