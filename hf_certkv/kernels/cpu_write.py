@@ -16,7 +16,6 @@ from ..codecs import KeyCodec, ValueCodec
 from . import compiling, threads
 from .cpu_write_row import (
     BFLOAT16,
-    EXPONENT,
     FLOAT16,
     FLOAT32,
     LARGEST,
@@ -29,12 +28,13 @@ from .cpu_write_row import (
     load,
     pack,
     quantise,
+    raise_to,
     residuals,
     round_up,
     spectral,
     square,
+    squares,
     summing,
-    sums,
     without_step,
 )
 
@@ -79,14 +79,14 @@ def _write(
     rank = -(-min(tokens, channels) // TILE) * TILE
     turned = np.zeros((rank, tokens if tokens > channels else 0), dtype=np.float32)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
-    errors, largest, total = np.empty(levels), np.empty(levels), np.empty(levels)
+    errors, total, peak = np.empty(levels), np.empty(levels), np.empty((levels, channels))
     for unit in range(start, stop):
         n, h, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         base = b * strides[0] + h * strides[1] + n * strides[2]
-        worst = 0
+        finite = True
         for t in range(tokens):
-            worst = max(worst, load(bits16, bits32, form, base + t * strides[3], x[t], x_bits[t]))
-        if worst == EXPONENT:
+            finite &= load(bits16, bits32, form, base + t * strides[3], x[t], x_bits[t])
+        if not finite:
             left[unit] = True
             continue
         if keyed:
@@ -109,7 +109,7 @@ def _write(
                 divisor[c] = high[c] if high[c] > 0.0 else np.inf
                 inverse[c] = 1.0 / high[c] if high[c] > 0.0 else 0.0
         radius, wrong = 0.0, False
-        errors[:], largest[:], total[:] = 0.0, 0.0, 0.0
+        errors[:], total[:], peak[:] = 0.0, 0.0, 0.0
         for t in range(tokens):
             if not keyed:
                 steps = 0.0
@@ -126,8 +126,10 @@ def _write(
             for level in range(levels):
                 coarse = level == 0 and not eight
                 residuals(x[t], place, coarse, origin, step, inverse, read, shares, rows[level, t])
-                size, error, most = sums(read, shares)
-                radius, errors[level], largest[level] = max(radius, size), max(errors[level], error), max(largest[level], most)
+                error = squares(shares)
+                radius, errors[level] = max(radius, squares(read)), max(errors[level], error)
+                if keyed:
+                    raise_to(peak[level], shares)
                 norm = np.float64(round_up(np.sqrt(error)))
                 total[level] += norm * norm
             if without_step(x[t], read, inverse):
@@ -151,7 +153,7 @@ def _write(
                 break
             bound = spectral(rows[level], tokens, norm, turned, one, two)
             if keyed:
-                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(largest[level]), norm, bound
+                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peak[level].max()), norm, bound
             else:
                 out[3 * level], out[3 * level + 1] = norm, bound
                 out[3 * level + 2] = np.float32(np.sqrt(total[level] / tokens))

@@ -8,7 +8,7 @@ left to the codec: NaN, infinity, an error where the step is 0, norms that are n
 
 Nothing in `residuals` may be reassociated. There z + S * position is exact in float64 (z and S are multiples of 2^-24 below
 2^16, positions multiples of 2^-5 up to 2^8: at most 53 bits), so that the difference from x has one rounding, relative to
-itself. Only `sums` and `square`, which add squares and take maxima, `extremes` and the float32 products may be.
+itself. Only `squares` and `square`, which add squares, `extremes` and the float32 products may be.
 """
 
 from __future__ import annotations
@@ -29,33 +29,38 @@ SMALLEST, LARGEST = 2.0**-100, 2.0**100  # norms that are dealt with here
 TILE = 4  # rows of a product are filled up with zeros to a multiple
 
 exact = kernel(fastmath={"contract"}, error_model="numpy")
+inlined = kernel(fastmath={"contract"}, error_model="numpy", forceinline=True)
 summing = kernel(fastmath={"contract", "reassoc", "nsz", "nnan"}, error_model="numpy")
+summing_inlined = kernel(fastmath={"contract", "reassoc", "nsz", "nnan"}, error_model="numpy", forceinline=True)
 
 
-@exact
-def load(bits16: Any, bits32: Any, form: int, base: int, row: Any, row_bits: Any) -> Any:
-    """Originals as float32, exactly. Returns the bits of the largest exponent."""
+@inlined
+def load(bits16: Any, bits32: Any, form: int, base: int, row: Any, row_bits: Any) -> bool:
+    """Originals as float32, exactly. Returns whether all of them are finite."""
     count = len(row)
     if form == FLOAT32:
+        words = bits32[base : base + count]
         for i in range(count):
-            row_bits[i] = bits32[base + i]
-    elif form == BFLOAT16:
-        for i in range(count):
-            row_bits[i] = np.int32(bits16[base + i]) << 16
+            row_bits[i] = words[i]
     else:
-        for i in range(count):
-            half = np.int32(bits16[base + i])
-            exponent = 112 << 23 if (half & 0x7C00) != 0x7C00 else EXPONENT
-            row_bits[i] = (((half & 0x7FFF) << 13) + exponent) | ((half >> 15) << 31)
-        for i in range(count):
-            half = np.int32(bits16[base + i])
-            if (half & 0x7C00) == 0:  # subnormal: by arithmetic, for a float32 of these bits might be flushed
-                size = np.float32(half & 0x3FF) * np.float32(2.0**-24)
-                row[i] = -size if half < 0 else size
-    largest = 0
+        halves = bits16[base : base + count]
+        if form == BFLOAT16:
+            for i in range(count):
+                row_bits[i] = np.int32(halves[i]) << 16
+        else:
+            for i in range(count):
+                half = np.int32(halves[i])
+                exponent = 112 << 23 if (half & 0x7C00) != 0x7C00 else EXPONENT
+                row_bits[i] = (((half & 0x7FFF) << 13) + exponent) | ((half >> 15) << 31)
+            for i in range(count):
+                half = np.int32(halves[i])
+                if (half & 0x7C00) == 0:  # subnormal: by arithmetic, for a float32 of these bits might be flushed
+                    size = np.float32(half & 0x3FF) * np.float32(2.0**-24)
+                    row[i] = -size if half < 0 else size
+    wrong = 0
     for i in range(count):
-        largest = max(largest, row_bits[i] & EXPONENT)
-    return largest
+        wrong += 1 if (row_bits[i] & EXPONENT) == EXPONENT else 0
+    return wrong == 0
 
 
 @exact
@@ -109,7 +114,7 @@ def grid(low: Any, high: Any, cells: float, near: Any, bits: Any, magic: Any, ma
         high[i] = 0.0 - high[i]
 
 
-@exact
+@inlined
 def quantise(x: Any, offset: Any, divisor: Any, last: float, out: Any) -> None:
     """Twelve- or eight-bit codes of a token."""
     for c in range(len(x)):
@@ -117,7 +122,7 @@ def quantise(x: Any, offset: Any, divisor: Any, last: float, out: Any) -> None:
         out[c] = np.int32((min(max(position, 0.0), last) + ROUNDER) - ROUNDER)
 
 
-@exact
+@inlined
 def residuals(x: Any, codes: Any, coarse: bool, origin: Any, step: Any, inverse: Any, read: Any, shares: Any, row: Any) -> None:
     """The grid's numbers of a token, at level 0 or with all bits, and their errors in steps: float64, and float32."""
     count = len(x)
@@ -133,7 +138,7 @@ def residuals(x: Any, codes: Any, coarse: bool, origin: Any, step: Any, inverse:
         row[c] = np.float32(shares[c])
 
 
-@exact
+@inlined
 def without_step(x: Any, read: Any, inverse: Any) -> bool:
     """Whether a token has an error where its step is 0."""
     wrong = 0
@@ -142,19 +147,24 @@ def without_step(x: Any, read: Any, inverse: Any) -> bool:
     return wrong > 0
 
 
-@summing
-def sums(read: Any, shares: Any) -> Any:
-    """Sums of squares of a token's numbers and of its residuals, and the largest residual."""
-    size = error = largest = 0.0
-    for c in range(len(read)):
+@inlined
+def raise_to(peak: Any, shares: Any) -> None:
+    """Each channel's largest residual so far."""
+    for c in range(len(peak)):
         share = abs(shares[c])
-        size += read[c] * read[c]
-        error += share * share
-        largest = share if share > largest else largest
-    return size, error, largest
+        peak[c] = share if share > peak[c] else peak[c]
 
 
-@summing
+@summing_inlined
+def squares(x: Any) -> Any:
+    """The sum of squares of float64 numbers."""
+    total = 0.0
+    for c in range(len(x)):
+        total += x[c] * x[c]
+    return total
+
+
+@summing_inlined
 def square(x: Any) -> Any:
     """The sum of squares of float32 numbers, in float64."""
     total = 0.0
@@ -163,7 +173,7 @@ def square(x: Any) -> Any:
     return total
 
 
-@summing
+@summing_inlined
 def extremes(x: Any) -> Any:
     """Least and largest of a group."""
     low = high = x[0]
@@ -244,7 +254,7 @@ def spectral(rows: Any, tokens: int, norm: Any, turned: Any, one: Any, two: Any)
     return round_up(min(bound, np.float64(norm) * np.sqrt(tokens)))
 
 
-@exact
+@inlined
 def pack(codes: Any, shift: int, out: Any) -> None:
     """Four bits of each code, from `shift` on, two to a byte: `codecs.pack_nibbles`."""
     channels, half = len(codes), len(out)
