@@ -116,10 +116,9 @@ def _write(
                 for g in range(groups):
                     s = high[t * groups + g]
                     steps += s * s
-                    stop_at = min((g + 1) * group, channels)
-                    origin[g * group : stop_at] = low[t * groups + g]
-                    step[g * group : stop_at] = s
-                    divisor[g * group : stop_at] = s if s > 0.0 else np.inf
+                    over = s if s > 0.0 else np.inf
+                    for c in range(g * group, min((g + 1) * group, channels)):
+                        origin[c], step[c], divisor[c] = low[t * groups + g], s, over
                 inverse[:] = 1.0 / np.sqrt(steps) if steps > 0.0 else 0.0
             quantise(x[t], origin, divisor, 4095.0 if keyed else 255.0, place)
             radius = max(radius, square(x[t]))
