@@ -179,8 +179,11 @@ class FusedStep:
 
     def run(self) -> None:
         """The pass over everything at its base level, and its certificate."""
-        from . import cpu_step
+        from . import compiling, cpu_step
 
+        if not compiling.is_kept(cpu_step.units):
+            compiling.announce()
+            cpu_step.units(self.task, self.claim, self.query, 0, 0)  # once, and not in every thread
         task, claim, query = self.task, self.claim, self.query
         threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
 
