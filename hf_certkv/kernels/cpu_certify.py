@@ -367,6 +367,9 @@ def _float16(x: float, halves: np.ndarray, place: int) -> float:
     if size >= 65520.0:
         halves[place] = sign | 0x7C00
         return math.inf
+    if size == 0:  # whose exponent is 0 by `frexp`
+        halves[place] = sign
+        return 0.0
     _, exponent = math.frexp(size)  # size = m * 2^exponent with 0.5 <= m < 1
     exponent = max(exponent, -13)
     unit = math.ldexp(1.0, exponent - 11)
