@@ -311,7 +311,9 @@ def _radii_of(
         # Squared weights as a multiple of the weights, and the rest by Cauchy-Schwarz.
         fit = cube / over_square
         apart = most(fourth - cube * fit, 0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
-        rest = 2 * math.sqrt(apart * size * squares * (1 + 4 * gamma(2 * terms))) * OUTWARD
+        # Squares of small numbers may have been flushed: tokens times channels of them.
+        lengths = squares * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
+        rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
         fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
         fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * (1 + 4 * gamma(terms + 8)))
         if math.isfinite(fitted) and fitted < held:
