@@ -88,7 +88,7 @@ class FusedStep:
         query = call.query.detach().reshape(batch, heads, used, channels).contiguous()
         sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
         block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
-        self.result = torch.empty(step.shape, dtype=layer.dtype)
+        self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
         self.row_figures = np.empty((7, units * used))
         # Kept alive while their addresses are in use.
         self.inputs = (keys, values, exact, query, sink, block_bias, exact_bias)
