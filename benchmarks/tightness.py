@@ -93,7 +93,7 @@ def winners(step: DecodeStep) -> dict[str, Tensor]:
     spectral = spectral < step.mass * step.step * step._value_number(codecs.ETA)
     l2 = root * square_moment.sqrt() * shift_l2 < step.mass * moment.sqrt() * shift  # to first order
     numbers = step.key_numbers.unsqueeze(2)
-    wide = numbers[..., codecs.EPSILON] * step.query_l2 < numbers[..., codecs.KAPPA] * step.query_l1
+    wide = numbers[..., codecs.EPSILON] * step.query_weights[1] < numbers[..., codecs.KAPPA] * step.query_weights[0]
 
     def of(parts: Tensor, where: Tensor) -> Tensor:
         return (parts * where).sum(-1) / parts.sum(-1).clamp_min(1e-300)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=64)
-def _multipliers(part: int, count: int, device: torch.device) -> Tensor:
+def multipliers(part: int, count: int, device: torch.device) -> Tensor:
     """`count` odd int64 numbers that look random, other ones for every part."""
     with torch.inference_mode(False):
         x = torch.arange(1, count + 1, dtype=torch.int64, device=device) + (part << 40)
@@ -39,7 +39,7 @@ def block_checksum(parts: list[Tensor | None], leading: int, device: torch.devic
             continue
         raw = part.contiguous().flatten(leading).view(torch.uint8)
         words = raw.view(torch.int32) if raw.shape[-1] % 4 == 0 else raw
-        sums = (words.to(torch.int64) * _multipliers(place, words.shape[-1], words.device)).sum(dim=-1).to(device)
+        sums = (words.to(torch.int64) * multipliers(place, words.shape[-1], words.device)).sum(dim=-1).to(device)
         total = sums if total is None else total + sums
     assert total is not None, "a block has codes"
     return total

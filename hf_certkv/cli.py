@@ -36,6 +36,7 @@ from .cli_base import (
     quiet_libraries,
     write_json,
 )
+from .cli_bench import bench
 from .cli_verify import verify
 
 app = typer.Typer(
@@ -221,6 +222,7 @@ def _generate(
 
 
 app.command()(verify)
+app.command()(bench)
 
 
 @app.command()

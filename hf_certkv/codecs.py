@@ -99,9 +99,10 @@ def grid_codes(x: Tensor, low: Tensor, high: Tensor, high_bits: int) -> tuple[Te
         `(high codes, low codes)` uint8 shaped as `x`, and `(scale, offset)` float16 shaped as `low`.
     """
     cells = 2.0**high_bits
-    offset = round_half_down(low)
+    # Adding 0 makes -0 into 0: which zero is the least, or the largest, of several is left open.
+    offset = round_half_down(low) + 0.0
     # Never negative: below the finite range the offset is clamped to above `high`, and what that costs is measured.
-    scale = round_half_up(((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS)).clamp_min(0.0))
+    scale = round_half_up(((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS)).clamp_min(0.0)) + 0.0
     step = scale.double()
     position = torch.where(step > 0, (x - offset.double()) / step, torch.zeros_like(x))
     code = torch.round(position * 2**LOW_BITS).nan_to_num(0.0).clamp(0, cells * 2**LOW_BITS - 1).to(torch.int32)

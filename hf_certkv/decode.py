@@ -76,6 +76,7 @@ class DecodeStep(StepInputs):
         self.met_at_once = torch.zeros(batch, heads, rows, dtype=torch.bool, device=device)
         self.certificate: bounds.Certificate | None = None
         self.fused: cpu.FusedStep | None = None
+        self.settled = False  # every row was seen within its budget, and none is dense
 
     def without_pass(self) -> None:
         """Nothing is computed from codes: everything is to be dense."""
@@ -224,9 +225,11 @@ class DecodeStep(StepInputs):
         """Promote until every row meets its budget; what does not is left to the dense rungs."""
         self.whole_layer = False
         if not self.config.certified:
+            self.settled = True
             return
         if self.fused is not None and self.config.scope == "head" and self.config.policy != "paper" and self.fused.all_met():
-            self.met_at_once = torch.ones_like(self.met_at_once)
+            self.met_at_once.fill_(True)
+            self.settled = True
             return
         if self.config.policy == "paper":
             self.details()
@@ -237,6 +240,7 @@ class DecodeStep(StepInputs):
             met, target = self.targets()
             failing = ~met & ~self.dense.unsqueeze(-1)
             if not bool(failing.any()):
+                self.settled = bool(met.all()) and not bool(self.dense.any())
                 return
             self.met_at_once &= ~failing
             if not self._promote(failing, target):
@@ -348,7 +352,9 @@ class DecodeStep(StepInputs):
     def finish(self) -> Tensor:
         """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
         batch = self.dense.shape[0]
-        if self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
+        if self.settled:
+            output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
+        elif self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
             output = dense_layer(self)
         else:
             for row, head in self.dense.nonzero().tolist():

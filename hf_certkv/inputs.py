@@ -1,7 +1,7 @@
 """What one certified call is computed from: the query, the layer's codes and exact tokens, the mask, the rounding terms.
 
-Nothing here changes during a step. What the reference kernel and the rarer rungs need is computed when it is first asked for: the
-fused CPU kernel computes its own on the way.
+Nothing here changes during a step. What the reference kernel and the rarer rungs need is computed when it is first asked for:
+the fused CPU kernel computes its own on the way.
 """
 
 from __future__ import annotations

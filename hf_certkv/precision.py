@@ -38,9 +38,10 @@ def float32_is_full() -> bool:
 
 def _settings_are_full() -> bool:
     backends = _backends()
-    if backends:
-        return all(backend.fp32_precision in FULL for backend in backends)
-    return torch.get_float32_matmul_precision() == "highest"
+    for backend in backends:  # no generator: what Ctrl-C raises while one is given up half-way gets lost
+        if backend.fp32_precision not in FULL:
+            return False
+    return bool(backends) or torch.get_float32_matmul_precision() == "highest"
 
 
 def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:

@@ -107,10 +107,10 @@ class ShadowPages:
         else:
             for kind in (KEYS, VALUES):
                 self._copy(kind, sources[kind], non_blocking=False)
-            for row in range(count):
-                if sums is None:
-                    self._sign(self.blocks + row)
-                else:
+            if sums is None:
+                self._sign(self.blocks, self.blocks + count)
+            else:
+                for row in range(count):
                     slab, place = self._place(self.blocks + row)
                     for kind in (KEYS, VALUES):
                         slab.sums[kind][place] = sums[kind][row]
@@ -145,23 +145,27 @@ class ShadowPages:
         while self._pending:
             pending = self._pending[0]
             pending.event.synchronize()
-            for row in range(pending.first, min(pending.last, self.blocks)):
-                self._sign(row)
+            self._sign(pending.first, min(pending.last, self.blocks))
             self._pending.pop(0)
 
     def flush(self) -> None:
         """Take the checksums of copies that have arrived; wait for none."""
         while self._pending and self._pending[0].event.query():
             pending = self._pending.pop(0)
-            for row in range(pending.first, min(pending.last, self.blocks)):
-                self._sign(row)
+            self._sign(pending.first, min(pending.last, self.blocks))
 
-    def _sign(self, row: int) -> None:
-        slab, place = self._place(row)
-        for kind in (KEYS, VALUES):
-            for batch in range(self.batch):
-                for head in range(self.heads):
-                    slab.sums[kind][place, batch, head] = _checksum(slab.pages[kind][place, batch, head])
+    def _sign(self, first: int, last: int) -> None:
+        """Take the checksums of block rows first..last-1."""
+        while first < last:
+            slab, place = self._place(first)
+            count = min(self.rows_per_slab - place, last - first)
+            for kind in (KEYS, VALUES):
+                page = slab.pages[kind][0, 0, 0].nbytes
+                data = _bytes(slab.pages[kind][place : place + count])
+                digests = (xxhash.xxh3_64_intdigest(data[at : at + page]) for at in range(0, len(data), page))
+                sums = slab.sums[kind][place : place + count]
+                sums.reshape(-1)[:] = np.fromiter(digests, dtype=np.uint64, count=sums.size)
+            first += count
 
     def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:
         if _checksum(slab.pages[kind][place, batch, head]) != int(slab.sums[kind][place, batch, head]):
@@ -243,6 +247,11 @@ class ShadowPages:
         return sum(slab.memory.numel() + sum(part.nbytes for part in slab.sums) for slab in self.slabs)
 
 
+def _bytes(pages: Tensor) -> memoryview:
+    """The bytes of contiguous host memory."""
+    return pages.view(-1).view(torch.uint8).numpy().data
+
+
 def _checksum(page: Tensor) -> int:
     """XXH3-64 of a contiguous page's bytes."""
-    return xxhash.xxh3_64_intdigest(page.view(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_64_intdigest(_bytes(page))

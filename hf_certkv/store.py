@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from .checksums import block_checksum
-from .codecs import EncodedBlocks, KeyCodec, ValueCodec
+from .codecs import PER_LEVEL, EncodedBlocks, KeyCodec, ValueCodec
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
+COMPILED = True  # whether the compiled writer is used where there is one; the codecs make the same blocks
 PARTS = ("codes", "plane", "scale", "offset", "numbers")  # of a block, in the order in which its checksum takes them
 Index = tuple[Tensor, Tensor, Tensor]  # int64 [n] each: batch row, KV head, block
 
@@ -27,11 +30,11 @@ class GrowingBuffer:
         self.length = 0
         self.room = room
 
-    def reserve(self, like: Tensor, count: int) -> None:
-        """Make room for `count` more entries shaped as those of `like`. The contents do not change."""
+    def reserve(self, like: Tensor, count: int) -> Tensor:
+        """Make room for `count` more entries shaped as those of `like`; all of the data. The contents do not change."""
         needed = max(self.length + count, self.room)
         if self.data is not None and self.data.shape[2] >= needed:
-            return
+            return self.data
         if self.data is not None:
             needed = max(needed, self.length + max(count, self.length // 64))
         shape = (*like.shape[:2], needed, *like.shape[3:])
@@ -40,6 +43,7 @@ class GrowingBuffer:
         if self.data is not None:
             grown[:, :, : self.length] = self.data[:, :, : self.length]
         self.data = grown
+        return grown
 
     def append(self, entries: Tensor) -> None:
         """Add entries `[batch, kv_heads, count, ...]`."""
@@ -48,9 +52,7 @@ class GrowingBuffer:
 
     def write(self, entries: Tensor) -> None:
         """Put entries behind the last, without counting them yet."""
-        self.reserve(entries, entries.shape[2])
-        assert self.data is not None
-        self.data[:, :, self.length : self.length + entries.shape[2]] = entries
+        self.reserve(entries, entries.shape[2])[:, :, self.length : self.length + entries.shape[2]] = entries
 
     @property
     def view(self) -> Tensor:
@@ -81,6 +83,51 @@ def slice_across(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop
     return old if stop <= held else torch.cat([old, new[:, :, : stop - held]], dim=2)
 
 
+def compiled_writer(x: Tensor) -> ModuleType | None:
+    """`kernels.cpu_write` where it can encode blocks of `x`, or None: then the codecs do."""
+    if not COMPILED or x.device.type != "cpu":
+        return None
+    try:
+        from .kernels import cpu_write
+    except ImportError:  # without the extra `cpu`
+        return None
+    return cpu_write if x.dtype in cpu_write.FORMS else None
+
+
+def part_shapes(codec: KeyCodec | ValueCodec, tokens: int, channels: int) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of the parts of one block, checksum included; no plane where the format has none."""
+    half = (channels + 1) // 2
+    if isinstance(codec, KeyCodec):
+        width, steps = channels, [channels]
+    else:
+        width = channels if codec.bits == 8 else half
+        steps = [tokens, -(-channels // codec.group_size(channels))]
+    shapes: dict[str, tuple[list[int], torch.dtype]] = {"codes": ([tokens, width], torch.uint8)}
+    if codec.levels == 2:
+        shapes["plane"] = ([tokens, half], torch.uint8)
+    shapes["scale"] = shapes["offset"] = (steps, torch.float16)
+    shapes["numbers"] = ([codec.levels * PER_LEVEL + 1], torch.float32)
+    shapes["checksum"] = ([], torch.int64)
+    return shapes
+
+
+def write_compiled(x: Tensor, codec: KeyCodec | ValueCodec, data: dict[str, Tensor], first: int) -> None:
+    """Encode and sign blocks into places from `first` on. What the compiled writer leaves out the codec encodes.
+
+    Args: x: `[batch, kv_heads, blocks, block, channels]`; data: parts `[batch, kv_heads, places, ...]`, contiguous.
+    """
+    writer = compiled_writer(x)
+    assert writer is not None
+    left = writer.write(x, codec, data, first)
+    if bool(left.any()):
+        rows, heads, blocks = torch.nonzero(left, as_tuple=True)
+        encoded = codec.encode(x[left])
+        for name in PARTS:
+            if name in data:
+                data[name][rows, heads, first + blocks] = getattr(encoded, name)
+    writer.sign([data.get(name) for name in PARTS], data["checksum"], first, x.shape[2])
+
+
 class BlockStore:
     """The quantised blocks of one layer: codes, planes, scales, the numbers of the certificate, and a checksum of all that.
 
@@ -103,6 +150,10 @@ class BlockStore:
         self.truncate(self.blocks + keys.shape[2])
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
+        if compiled_writer(keys) is not None:
+            self._append_compiled(keys, self.key_codec, self.keys)
+            self._append_compiled(values, self.value_codec, self.values)
+            return
         batch, heads, count, block, channels = keys.shape
         step = max(1, ENCODE_NUMBERS // (batch * heads * block * max(channels, values.shape[-1])))
         for start in range(0, count, step):
@@ -118,6 +169,15 @@ class BlockStore:
                         buffer.reserve(part, count)
                     buffer.length = self.blocks + start
                     buffer.append(part)
+
+    def _append_compiled(self, x: Tensor, codec: KeyCodec | ValueCodec, buffers: dict[str, GrowingBuffer]) -> None:
+        """What `_append` does, written where it is to lie."""
+        batch, heads, count, block, channels = x.shape
+        data = {}
+        for name, (shape, dtype) in part_shapes(codec, block, channels).items():
+            buffers[name].length = self.blocks
+            data[name] = buffers[name].reserve(x.new_empty((batch, heads, 0, *shape), dtype=dtype), count)
+        write_compiled(x, codec, data, self.blocks)
 
     def _signed(self, blocks: EncodedBlocks) -> dict[str, Tensor]:
         """The parts of encoded blocks where they are to lie, with their checksum."""
@@ -138,12 +198,23 @@ class BlockStore:
 
     def rewrite(self, index: Index, keys: Tensor, values: Tensor) -> None:
         """Encode single blocks anew, in place. Args: keys, values: originals `[n, block, channels]`."""
+        given = ((keys, self.key_codec, self.keys), (values, self.value_codec, self.values))
         with full_precision(keys.device.type):
-            encoded = self.key_codec.encode(keys), self.value_codec.encode(values)
-        for buffers, blocks in zip((self.keys, self.values), encoded, strict=True):
-            for name, part in self._signed(blocks).items():
+            made = [self._encoded(x, codec) for x, codec, _ in given]
+        for (_, _, buffers), parts in zip(given, made, strict=True):
+            for name, part in parts.items():
                 view = buffers[name].view
                 view[_moved(index, view.device)] = part
+
+    def _encoded(self, x: Tensor, codec: KeyCodec | ValueCodec) -> dict[str, Tensor]:
+        """The parts of blocks `[n, block, channels]`, by the same way as `append` goes: the numbers depend on it, by a hair."""
+        if compiled_writer(x) is None:
+            return self._signed(codec.encode(x))
+        data = {}
+        for name, (shape, dtype) in part_shapes(codec, x.shape[1], x.shape[2]).items():
+            data[name] = torch.empty((1, 1, x.shape[0], *shape), dtype=dtype)
+        write_compiled(x[None, None], codec, data, 0)
+        return {name: part[0, 0] for name, part in data.items()}
 
     def truncate(self, blocks: int) -> None:
         """Keep the first `blocks` blocks. Cannot fail."""

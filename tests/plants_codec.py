@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Patch, by_oracle, by_proof, instead, kind, results
+from plants_base import Apply, Detect, Patch, Plant, by_oracle, by_proof, instead, kind, of_the_codec, results
 from torch import Tensor
 
 from hf_certkv import codecs
@@ -116,7 +116,9 @@ def largest_row(bound: Tensor, rows: Tensor, row_norm: Tensor) -> Tensor:
     return torch.minimum(bound, row_norm)
 
 
-plant = kind("codec")
+def plant(name: str, text: str, apply: Apply, detect: Detect) -> Plant:
+    """A planted bug of this kind."""
+    return kind("codec")(name, text, of_the_codec(apply), detect)
 
 
 CODEC = [

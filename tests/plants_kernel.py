@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from plants_base import Apply, Detect, Patch, arguments, by_oracle, instead, kind, results
+from plants_base import Apply, Detect, Patch, arguments, by_oracle, instead, kind, of_the_codec, results
 from torch import Tensor
 
 from hf_certkv import codecs
@@ -265,7 +265,7 @@ KERNEL = [
     plant(
         "no guard around the measurements",
         "spectral norms in bfloat16 where autocast asks for it",
-        instead(store_module, "full_precision", no_guard),
+        of_the_codec(instead(store_module, "full_precision", no_guard)),
         under_autocast(residuals_rounded_down),
     ),
     plant(

@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "plan", "verify"):
+    for command in ("demo", "generate", "plan", "verify", "bench"):
         assert command in result.stdout
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_certkv import InputError, bounds, codecs
+from hf_certkv import InputError, bounds, codecs, store
 from hf_certkv.verify import search
 from hf_certkv.verify.cases import Case, examine, judge, run
 from hf_certkv.verify.parts import Clock
@@ -111,6 +111,7 @@ def scaled(name: str, factor: float, where: Any = bounds) -> Callable[[pytest.Mo
 
     def plant(patch: pytest.MonkeyPatch) -> None:
         original = getattr(where, name)
+        patch.setattr(store, "COMPILED", where is not codecs and store.COMPILED)  # else it would write the blocks
         patch.setattr(where, name, lambda *args, **kwargs: original(*args, **kwargs) * factor)
 
     return plant

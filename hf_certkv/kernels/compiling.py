@@ -62,4 +62,5 @@ def part(function: Callable[..., Any]) -> Any:
     """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through."""
     import numba
 
-    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(nogil=True, error_model="numpy", **options)(function)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .reference import Segments
 
 if TYPE_CHECKING:
     from ..decode import DecodeStep
+    from ..layers import CertifiedLayer
     from ..store import Index
 
 LANES = 16
@@ -47,24 +48,43 @@ def installed() -> bool:
     return find_spec("numba") is not None
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that this thread's last call may have used too: it grows, and is not cleared."""
-    held: dict[str, np.ndarray] = _scratch.__dict__
-    count = int(np.prod(shape))
-    array = held.get(name)
-    if array is None or len(array) < count:
-        held[name] = array = np.empty(count + count // 8, dtype)
-    return array[:count]
+def scratch(name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
+    """`count` numbers that this thread's last call may have used too, and where they begin. They are not cleared."""
+    held: dict[str, tuple[np.ndarray, int]] = _scratch.__dict__
+    found = held.get(name)
+    if found is None or len(found[0]) < count:
+        array = np.empty(count + count // 8, dtype)
+        found = held[name] = (array, array.ctypes.data)
+    return found[0][:count], found[1]
 
 
 def scratch_bytes() -> int:
     """Bytes that this thread's calls hold between steps, for all layers and caches together."""
-    return sum(array.nbytes for array in _scratch.__dict__.values())
+    return sum(array.nbytes for array, _ in _scratch.__dict__.values())
 
 
-def pointer(part: Tensor | np.ndarray) -> int:
-    """Where an array begins."""
-    return part.data_ptr() if isinstance(part, Tensor) else int(part.ctypes.data)
+class Stored(NamedTuple):
+    """Where a layer's finished blocks lie: addresses of the parts of keys and values, and what their sizes say."""
+
+    parts: tuple[int, int, int, int, int, int]
+    numbers: tuple[int, int]
+    counts: tuple[int, int]
+    groups: int
+    room: int
+
+
+def _stored(layer: CertifiedLayer) -> Stored:
+    keys, values = layer.store.keys, layer.store.values
+    data = [part[name].data for part in (keys, values) for name in ("codes", "scale", "offset", "numbers")]
+    present = [part for part in data if part is not None]
+    pointers = [part.data_ptr() for part in present]
+    return Stored(
+        (pointers[0], pointers[1], pointers[2], pointers[4], pointers[5], pointers[6]),
+        (pointers[3], pointers[7]),
+        (present[3].shape[-1], present[7].shape[-1]),
+        present[5].shape[-1],
+        present[0].shape[2],
+    )
 
 
 class FusedStep:
@@ -83,38 +103,38 @@ class FusedStep:
         channels, units, blocks = layer.widths[0], batch * heads, step.blocks
         rows = 1 if used == 1 else -(-used // ROWS) * ROWS
         self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
-        keys, values = ({name: part.data for name, part in parts.items()} for parts in (layer.store.keys, layer.store.values))
-        exact = step.exact_keys, step.exact_values
+        stored = layer.memo("cpu kernel", lambda: _stored(layer))
+        exact, codec = (step.exact_keys, step.exact_values), layer.value_codec
         query = call.query.detach().reshape(batch, heads, used, channels).contiguous()
         sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
         block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
         self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
         self.row_figures = np.empty((7, units * used))
         # Kept alive while their addresses are in use.
-        self.inputs = (keys, values, exact, query, sink, block_bias, exact_bias)
-        segment, codec = (units, rows, blocks + 1), layer.value_codec
-        groups = values["scale"].shape[-1]
-        self.maximum, self.sums = scratch("maximum", segment, np.float32), scratch("sums", (*segment, 8), np.float32)
-        self.output = scratch("output", (units, blocks + 1, rows, width), np.float32)
-        self.block_figures = scratch("figures", (5, units * used, blocks), np.float64)
-        parts = [scratch(name, (units, rows, channels), np.float32) for name in ("scaled", "sizes", "raw")]
-        self.query = pointer(query)
+        self.inputs = (exact, query, sink, block_bias, exact_bias)
+        segments = units * rows * (blocks + 1)
+        self.maximum, maximum = scratch("maximum", segments, np.float32)
+        self.sums, sums = scratch("sums", segments * 8, np.float32)
+        self.output, output = scratch("output", segments * width, np.float32)
+        self.block_figures, block_figures = scratch("figures", 5 * units * used * blocks, np.float64)
+        scaled, sizes, raw = (scratch(name, units * rows * channels, np.float32)[1] for name in ("scaled", "sizes", "raw"))
+        self.query = query.data_ptr()
         self.task = Task(
-            pointer(parts[0]),
-            pointer(parts[1]),
-            *(pointer(keys[name]) for name in ("codes", "scale", "offset")),
-            *(pointer(values[name]) for name in ("codes", "scale", "offset")),
-            pointer(exact[0]),
-            pointer(exact[1]),
-            pointer(block_bias) if block_bias is not None else 0,
-            pointer(exact_bias) if exact_bias is not None else 0,
+            scaled,
+            sizes,
+            *stored.parts,
+            exact[0].data_ptr(),
+            exact[1].data_ptr(),
+            block_bias.data_ptr() if block_bias is not None else 0,
+            exact_bias.data_ptr() if exact_bias is not None else 0,
             _strides(block_bias),
             _strides(exact_bias),
-            pointer(self.maximum),
-            pointer(self.sums),
-            pointer(scratch("squares", (units, blocks), np.float32)),
-            pointer(self.output),
-            *(pointer(scratch(name, (units, rows, blocks), np.float32)) for name in ("l1", "l2")),
+            maximum,
+            sums,
+            scratch("squares", units * blocks, np.float32)[1],
+            output,
+            scratch("l1", units * rows * blocks, np.float32)[1],
+            scratch("l2", units * rows * blocks, np.float32)[1],
             rows,
             used,
             heads,
@@ -122,44 +142,48 @@ class FusedStep:
             width,
             layer.block,
             blocks,
-            keys["codes"].shape[2],
+            stored.room,
             exact[0].shape[2],
             exact[0].stride(1) // channels,
             DTYPES[layer.dtype],
             codec.bits,
-            groups,
+            stored.groups,
             -(-codec.group_size(width) // LANES),
             float(call.softcap or 0.0),
-            1 + (groups + 8) * 2.0**-23,
+            1 + (stored.groups + 8) * 2.0**-23,
         )
+        relative, absolute = bounds.OUTPUT_ROUNDOFF[layer.dtype]
         self.claim = Claim(
-            pointer(parts[2]),
-            pointer(scratch("top", (units, rows), np.float32)),
-            pointer(keys["numbers"]),
-            pointer(values["numbers"]),
-            keys["numbers"].shape[-1],
-            values["numbers"].shape[-1],
+            raw,
+            scratch("top", units * rows, np.float32)[1],
+            *stored.numbers,
+            *stored.counts,
             0,
             0,
-            *(pointer(scratch(name, (units,), np.float64)) for name in ("key_norm", "value_norm")),
-            pointer(sink) if sink is not None else 0,
+            scratch("key_norm", units, np.float64)[1],
+            scratch("value_norm", units, np.float64)[1],
+            sink.data_ptr() if sink is not None else 0,
             units,
             layer.sequence_length,
             step.chain,
-            pointer(self.result),
-            pointer(self.row_figures),
-            pointer(self.block_figures),
+            self.result.data_ptr(),
+            self.row_figures.ctypes.data,
+            block_figures,
             float(call.scaling),
             float(step.bias_size),
             float(config.rtol),
             float(config.atol),
-            *bounds.OUTPUT_ROUNDOFF[layer.dtype],
+            relative,
+            absolute,
         )
 
     def run(self) -> None:
         """The pass over everything at its base level, and its certificate."""
-        from . import cpu_step
+        from . import compiling, cpu_step
 
+        if not compiling.is_kept(cpu_step.units):
+            compiling.announce()
+            cpu_step.units(self.task, self.claim, self.query, 0, 0)  # once, and not in every thread
         task, claim, query = self.task, self.claim, self.query
         threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
 
@@ -169,8 +193,8 @@ class FusedStep:
 
         levels = key_level.contiguous(), value_level.contiguous()
         self.row_figures = np.empty_like(self.row_figures)  # those of before may be in use
-        given = {"key_level": pointer(levels[0]), "value_level": pointer(levels[1]), "row_figures": pointer(self.row_figures)}
-        task, claim = self.task, self.claim._replace(**given)
+        claim = self.claim._replace(key_level=levels[0].data_ptr(), value_level=levels[1].data_ptr())
+        task, claim = self.task, claim._replace(row_figures=self.row_figures.ctypes.data)
         threads.run(lambda start, stop: cpu_step.certify_again(task, claim, start, stop), self.units)
 
     def segments(self) -> Segments:

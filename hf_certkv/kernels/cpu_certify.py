@@ -1,7 +1,7 @@
 """The certificate of the rows of one KV head, in numba: `reference.combine` and `bounds.total` for one row at a time.
 
-Every line here has its inequality, with its proof, in `hf_certkv/bounds.py`, and is tested against it. Numbers are float64 unless
-they are stored otherwise; whatever is not a number stays so: `least` and `most` pass NaN on, as torch's do.
+Every line here has its inequality in `hf_certkv/bounds.py`, and is tested against it. Numbers are float64 unless they are
+stored otherwise; whatever is not a number stays so: `least` and `most` pass NaN on, as torch's do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STEPS, SQUARE_STEPS, NORMS, SQUARE_NORMS, TOTAL, SQUARE, CUBE, FOURTH = range(8)
 
 
 class Claim(NamedTuple):
-    """What a certificate is made from, beside the pass, and what is made; arrays by their addresses, float64 if nothing is said.
+    """What a certificate is made from, beside the pass, and what is made; arrays by addresses, float64 if nothing is said.
 
     Attributes:
         raw: float32 `[U, rows, channels]`, the query unscaled; top: float32 `[U, rows]`, its largest magnitude.
@@ -138,8 +138,8 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         key_total, value_total, expected = _parts(
             maximum, sums, squares, factors, normaliser, sink_mass, inflate, norm, rounding, fixed, value_norm, query_l1,
             query_l2, np.float64(top[row]), key_levels, value_levels, keys, claim.key_count, values, claim.value_count, output,
-            task.output, first_output, task.rows * width, abs(claim.scaling), task.channels, task.block + width, claim.block_figures + 8 * mine * blocks,
-            claim.units * used * blocks,
+            task.output, first_output, task.rows * width, abs(claim.scaling), task.channels, task.block + width,
+            claim.block_figures + 8 * mine * blocks, claim.units * used * blocks,
         )  # fmt: skip
         bound = (key_total + value_total + fixed) * OUTWARD
         if not math.isfinite(norm):
@@ -300,9 +300,8 @@ def _radii_of(
     near, square_near = reach, reach
     moment = (np.float64(sums[at + NORMS]) - 2 * inner + size * total) / over
     if math.isfinite(moment):
-        first = (
-            math.sqrt(most(moment, 0.0) + off) + read + eta * (np.float64(sums[at + STEPS]) / over + STEP_FLOOR) + away
-        ) * OUTWARD
+        mean_step = np.float64(sums[at + STEPS]) / over + STEP_FLOOR
+        first = (math.sqrt(most(moment, 0.0) + off) + read + eta * mean_step + away) * OUTWARD
         near = first if first < reach else reach
         around = read + eta * (math.sqrt(np.float64(sums[at + SQUARE_STEPS]) / over_square) + STEP_FLOOR) + away
         # No weight is above 1.

@@ -1,4 +1,4 @@
-"""The decode pass over one KV head's blocks and exact tokens, in numba: every code is read once, for all query rows together."""
+"""The decode pass over one KV head's blocks and exact tokens, in numba: each code is read once, for all query rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Task(NamedTuple):
         block_bias `[used, blocks, block]`, exact_bias `[used, exact]`: float32, or 0. From one batch row, KV head or query row
             to the next, `*_strides` numbers.
         maximum: float32 `[U, rows, blocks + 1]`, output `[U, blocks + 1, rows, width]`: as in `reference.Segments`.
-        sums: float32 `[U, rows, blocks + 1, 8]`: the four of `reference.Segments.sums`, then those of weights, of their squares,
+        sums: float32 `[U, rows, blocks + 1, 8]`: the four of `reference.Segments.sums`, then those of weights, their squares,
             cubes and fourth powers. squares: float32 `[U, blocks]`, of all numbers of a block's values.
         query_l1, query_l2: float32 `[U, rows, blocks]`, what `score_weights` adds up, not rounded up yet.
         rows: 1, or a multiple of ROWS; those beyond `used` are padding. heads: KV heads of a batch row. groups: value scales a
@@ -115,19 +115,20 @@ def blocks(task: Task, unit: int) -> None:
         _weigh(task, unit, number, scores, steps, block)
         value, to = here * block * pitch, (unit * (task.blocks + 1) + number) * rows * width
         for row in range(0, rows, ROWS):
+            codes, per, place = task.value_codes, task.per_group, to + row * width
             # fmt: off
             if task.bits == 8 and rows == 1:
-                micro.gather_bytes_1(task.value_codes, value, scale, offset, groups, task.per_group, scores, 0, block, squares,
+                micro.gather_bytes_1(codes, value, scale, offset, groups, per, scores, 0, block, squares,
                                      task.output, to, width)
             elif task.bits == 8:
-                micro.gather_bytes(task.value_codes, value, scale, offset, groups, task.per_group, scores, row * block, block,
-                                   squares, task.output, to + row * width, width)
+                micro.gather_bytes(codes, value, scale, offset, groups, per, scores, row * block, block, squares,
+                                   task.output, place, width)
             elif rows == 1:
-                micro.gather_nibbles_1(task.value_codes, value, scale, offset, groups, task.per_group, scores, 0, block, squares,
+                micro.gather_nibbles_1(codes, value, scale, offset, groups, per, scores, 0, block, squares,
                                        task.output, to, width)
             else:
-                micro.gather_nibbles(task.value_codes, value, scale, offset, groups, task.per_group, scores, row * block, block,
-                                     squares, task.output, to + row * width, width)
+                micro.gather_nibbles(codes, value, scale, offset, groups, per, scores, row * block, block, squares,
+                                     task.output, place, width)
             # fmt: on
         micro.row_sums(squares, 0, block, norms, 0)
         all_squares[number] = _total(norms, block)

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 from ..codecs import LOW_BITS, MIDDLE
 from .compiling import part
@@ -21,6 +21,7 @@ from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, Emitt
 ROWS = 4  # rows of a tile, and tokens of a tile of scores: ROWS * ROWS accumulators
 STRIP = 4  # vectors of channels that are gathered at a time: ROWS * STRIP accumulators
 INDEX = types.intp
+intrinsic: Any = _intrinsic  # its calls look otherwise than its definition
 
 
 def _emitter(context: Any, builder: Any, arguments: Any) -> tuple[Emitter, Any]:
@@ -90,7 +91,7 @@ def _dots(rows: int, coded: bool) -> Any:
 def _gather(rows: int, form: str) -> Any:
     """What a tile's tokens add to the output: values by weights. The squares of the values' numbers besides.
 
-    `form` says how values are stored: "nibbles", a byte's low nibble is a channel of the first half of the channels and its high
+    `form` says how values are stored: "nibbles", a byte's low nibble is a channel of the first half of the channels, its high
     nibble one of the second; "bytes", one code a byte; "exact", float32 numbers.
     """
 
@@ -163,8 +164,8 @@ def _gather(rows: int, form: str) -> Any:
                         emit.store(builder.load(held[v][r]), to)
 
             def strips(first: Any, count: int) -> None:
-                for part in ("low", "high") if form == "nibbles" else (form,):
-                    strip(first, count, part)
+                for half in ("low", "high") if form == "nibbles" else (form,):
+                    strip(first, count, half)
 
             # As many vectors at a time as registers hold accumulators for; then what is left.
             with emit.loop(builder.udiv(vectors, long(STRIP))) as i:

@@ -25,8 +25,9 @@ class Segments:
 
     Attributes: float32; maximum, total, square: `[batch, kv_heads, rows, segments]` (largest score, sum of weights, sum of
     squared weights); output, square_output: `[batch, kv_heads, segments, rows, channels]`, values by weights and by squared
-    weights, the latter None where a kernel does without; sums: `[batch, kv_heads, rows, segments, 4]`, of weight * step, of its square, and of the values' squared norms
-    by weights and by squared weights. A segment that is masked throughout has maximum -inf and sums 0.
+    weights, the latter None where a kernel does without; sums: `[batch, kv_heads, rows, segments, 4]`, of weight * step, of its
+    square, and of the values' squared norms by weights and by squared weights. A segment that is masked throughout has
+    maximum -inf and sums 0.
     """
 
     maximum: Tensor
@@ -139,7 +140,7 @@ def decode_pass(
         torch.cat([part.total for part in parts], dim=-1),
         torch.cat([part.square for part in parts], dim=-1),
         torch.cat([part.output for part in parts], dim=2),
-        torch.cat([part.square_output for part in parts], dim=2),
+        torch.cat([part.square_output for part in parts if part.square_output is not None], dim=2),
         torch.cat([part.sums for part in parts], dim=-2),
     )
 
@@ -195,6 +196,7 @@ def combine(segments: Segments, sink_logit: Tensor | None = None) -> Combined:
     # Distances from the output: sum w ||v - o||^2 = sum w ||v||^2 - 2 o . (sum w v) + ||o||^2 sum w.
     size = output.double().square().sum(dim=-1, keepdim=True)
     weight, square = segments.total.double(), segments.square.double()
+    assert segments.square_output is not None, "these sums are another kernel's, which certifies them itself"
     moment = moment - 2 * torch.einsum("bhsrd,bhrd->bhrs", segments.output, output) + size * weight
     square_moment = square_moment - 2 * torch.einsum("bhsrd,bhrd->bhrs", segments.square_output, output) + size * square
     over, over_square = weight.clamp_min(TINY), square.clamp_min(TINY)  # at least 1 wherever anything is attended

@@ -1,8 +1,8 @@
 """Vectors of sixteen float32 numbers inside numba functions: what the compiler does not make of loops by itself.
 
 numba's loops over bytes and nibbles are not vectorised well, and an accumulator in an array is written back at every step.
-So the innermost loops are written here as LLVM vector operations, from which LLVM makes what the processor has (AVX-512, two AVX2
-or four NEON registers). Nothing names a processor. A function that uses them is an ordinary numba function.
+So the innermost loops are written here as LLVM vector operations, from which LLVM makes what the processor has (AVX-512, two
+AVX2 or four NEON registers). Nothing names a processor. A function that uses them is an ordinary numba function.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The committed run of `certkv bench`, and `docs/benchmarks.md` and the README's figures of speed from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common import RESULTS
+from benchmarks.tables import README, ROOT, fill, load
+from hf_certkv.bench.options import PARTS, BenchOptions
+from hf_certkv.bench.plots import draw_all
+from hf_certkv.bench.report import document, speed_block
+from hf_certkv.bench.run import run
+from hf_certkv.cli_base import quiet_libraries
+
+NAME = "bench"
+DOCUMENT = ROOT / "docs" / "benchmarks.md"
+PICTURES = ROOT / "docs" / "benchmarks"
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+def write_documents(result: dict[str, Any], page: Path = DOCUMENT, pictures: Path = PICTURES, readme: Path = README) -> None:
+    """The page, its pictures, and the README's part between the `speed` markers."""
+    pictures.mkdir(parents=True, exist_ok=True)
+    plots = draw_all(result, pictures, endings=("svg",))
+    page.write_text(document(result, plots, f"{pictures.name}/"), encoding="utf-8")
+    fill(readme, "speed", speed_block(result))
+
+
+@app.command()
+def measure(
+    threads: Annotated[int | None, typer.Option(help="of torch")] = None,
+    rounds: Annotated[int, typer.Option(help="samples of each system")] = 9,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    what: Annotated[str, typer.Option(help="parts, with commas")] = ",".join(PARTS),
+) -> None:
+    """Measure everything, saving after each part, then write the documents."""
+    quiet_libraries()
+    name = NAME if device == "cpu" else f"{NAME}_{device}"
+
+    def save(result: dict[str, Any]) -> None:
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+    options = BenchOptions(threads=threads, rounds=rounds, device=device, what=tuple(what.split(",")))
+    result = run(options, lambda part, text: print(f"{part}: {text}", flush=True), save)
+    if device == "cpu":
+        write_documents(result)
+
+
+@app.command()
+def tables() -> None:
+    """Write the documents from the committed run."""
+    result = load(NAME)
+    if result is None:
+        raise typer.BadParameter(f"there is no {RESULTS / NAME}.json: run `python -m benchmarks.speed measure` first")
+    write_documents(result)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,348 @@
+"""The compiled writer against the codecs: the same codes bit for bit, and numbers that bound what the bytes stand for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from test_codecs import (
+    DTYPES,
+    KINDS,
+    above,
+    block_of,
+    decoded_exactly,
+    exact_rows,
+    half_neighbours,
+    spectral_at_least,
+    squares,
+)
+from torch import Tensor
+
+from hf_certkv import codecs, store
+from hf_certkv.checksums import block_checksum
+from hf_certkv.codecs import EncodedBlocks, KeyCodec, ValueCodec
+from hf_certkv.store import PARTS, BlockStore
+
+pytest.importorskip("numba")
+
+from hf_certkv.kernels import compiling, cpu_write, cpu_write_row
+
+Codec = KeyCodec | ValueCodec
+CODECS: list[Codec] = [KeyCodec(True), KeyCodec(False)]
+CODECS += [ValueCodec(bits, group, refine) for bits in (4, 8) for group in (0, 7, 16, 32) for refine in (True, False)]
+
+
+def compiled(x: Tensor, codec: Codec) -> tuple[dict[str, Tensor], Tensor]:
+    """Parts of blocks `[batch, heads, blocks, block, channels]` as the compiled writer leaves them, and which it left out."""
+    batch, heads, blocks, tokens, channels = x.shape
+    shapes = store.part_shapes(codec, tokens, channels)
+    data = {name: torch.full((batch, heads, blocks + 3, *shape), 7).to(dtype) for name, (shape, dtype) in shapes.items()}
+    left = cpu_write.write(x, codec, data, 2)
+    for part in data.values():
+        edges = part[:, :, [0, 1, -1]]
+        assert bool((edges == torch.full_like(edges, 7)).all()), "written beyond the blocks' places"
+    return {name: part[:, :, 2:-1] for name, part in data.items()}, left
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor."""
+    return x.contiguous().view(-1).view(torch.uint8)
+
+
+def check(x: Tensor, codec: Codec) -> int:
+    """The compiled writer against the codec; returns how many blocks it left out."""
+    parts, left = compiled(x, codec)
+    made = codec.encode(x)
+    for name in ("codes", "plane", "scale", "offset"):
+        expected = getattr(made, name)
+        assert (expected is None) == (name not in parts)
+        if expected is not None:
+            assert parts[name].dtype == expected.dtype and parts[name].shape == expected.shape
+            assert torch.equal(bits(parts[name][~left]), bits(expected[~left])), name
+    got, expected = parts["numbers"][~left].double(), made.numbers[~left].double()
+    assert bool((got <= expected * (1 + 1e-5)).all()) and bool((got >= expected * (1 - 1e-5)).all())
+    return int(left.sum())
+
+
+def stacked(kinds: list[str], dtype: torch.dtype, tokens: int, channels: int) -> Tensor:
+    """Two blocks of every regime, `[regimes, 1, 2, tokens, channels]`."""
+    made = [[block_of(kind, dtype, tokens, channels, seed) for seed in range(2)] for kind in kinds]
+    return torch.stack([torch.stack(blocks) for blocks in made]).unsqueeze(1)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_blocks(codec: Codec, dtype: torch.dtype) -> None:
+    for tokens, channels in [(16, 20), (32, 33), (64, 80), (64, 128), (128, 64), (16, 5)]:
+        check(stacked(KINDS, dtype, tokens, channels), codec)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ordinary_blocks_are_not_left_to_the_codec(dtype: torch.dtype) -> None:
+    kinds = ["normal", "constant channels", "duplicates", "outlier", "offset", "zeros", "single", "rank one"]
+    for codec in CODECS:
+        assert check(stacked(kinds, dtype, 32, 24), codec) == 0
+
+
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_left_to_the_codec(what: float, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 2, 3, 16, 20).to(dtype)
+    x[0, 1, 2, 5, 19] = what
+    for codec in CODECS:
+        _, left = compiled(x, codec)
+        assert left.nonzero().tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_number(dtype: torch.dtype) -> None:
+    """As one constant channel each, and many to a block."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every)]
+    every = torch.cat([every, every[: -len(every) % 2048]])
+    for x in (every.view(1, 1, -1, 16, 128), every.view(1, 1, -1, 1, 128).expand(-1, -1, -1, 16, -1)):
+        for codec in (KeyCodec(True), ValueCodec(4, 16, True), ValueCodec(8, 0, False)):
+            check(x, codec)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """`round_half_down` of the compiled writer, float64, then its bits."""
+    numbers, near = x.numpy().copy(), np.empty(len(x), dtype=np.float32)
+    magic = np.empty_like(near)
+    cpu_write_row._half_down(numbers, near, near.view(np.int32), magic, magic.view(np.int32), len(x))
+    out = np.empty(len(x), dtype=np.int16)
+    cpu_write_row.half_bits(numbers, near, near.view(np.int32), out)
+    halves = torch.from_numpy(out).view(torch.float16)
+    assert torch.equal(halves.double(), torch.from_numpy(numbers))
+    return halves
+
+
+def test_rounding_to_half() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = 10.0 ** (torch.rand(20000, generator=generator, dtype=torch.float64) * 40 - 30)
+    random = torch.randn(20000, generator=generator, dtype=torch.float64) * spread
+    x = torch.cat([half_neighbours(), random, torch.tensor([1e300, -1e300, 0.0, 5e-324, -5e-324], dtype=torch.float64)])
+    assert torch.equal(rounded(x), codecs.round_half_down(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_numbers_bound_what_the_bytes_stand_for(kind: str, dtype: torch.dtype) -> None:
+    """In rationals, without slack, by the formats' own definition."""
+    formats: list[Codec] = [KeyCodec(True), ValueCodec(4, 0, True), ValueCodec(4, 3, True), ValueCodec(8, 4, False)]
+    for seed, codec in enumerate(formats):
+        for tokens, channels in ((16, 10), (16, 21)):
+            x = block_of(kind, dtype, tokens, channels, seed)
+            parts, left = compiled(x[None, None, None], codec)
+            if not bool(left):
+                one = {name: part[0, 0, 0] for name, part in parts.items() if name != "checksum"}
+                check_numbers(x, codec, EncodedBlocks(**{"plane": None, **one}))
+
+
+def check_numbers(x: Tensor, codec: Codec, made: EncodedBlocks) -> None:
+    """What is stored of one block against rationals."""
+    keyed, numbers = isinstance(codec, KeyCodec), made.numbers.double().tolist()
+    original, scale = exact_rows(x), exact_rows(made.scale if made.scale.dim() == 2 else made.scale[None])
+    radius = max(squares(row) for row in original)
+    for level in range(codec.levels):
+        exact = decoded_exactly(codec, made, level, x.shape[1])
+        errors = [[a - b for a, b in zip(got, true, strict=True)] for got, true in zip(exact, original, strict=True)]
+        radius = max(radius, *(squares(row) for row in exact))
+        if keyed:
+            shares = [[e / s if s > 0 else Fraction(e != 0) * 10**99 for e, s in zip(r, scale[0], strict=True)] for r in errors]
+            assert above(numbers[3 * level], max(e * e for row in shares for e in row))
+            assert above(numbers[3 * level + 1], max(map(squares, shares)))
+            assert above(numbers[3 * level + 2], spectral_at_least(shares))
+        else:
+            steps = [squares(row) for row in scale]
+            ratios = [squares(e) / s if s > 0 else Fraction(any(e)) * 10**99 for e, s in zip(errors, steps, strict=True)]
+            assert above(numbers[3 * level], max(ratios))
+            assert above(numbers[3 * level + 1], spectral_at_least(errors, steps))
+    assert above(numbers[-1], radius)
+
+
+def test_spectral_numbers_bound_the_norm() -> None:
+    """Of what the writer itself calls the residuals, in float64: ranks one to full, rows of one size and of many."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, channels in ((64, 128), (128, 64), (16, 33), (32, 5), (6, 9)):
+        for rank in (1, 2, min(tokens, channels)):
+            left, right = torch.randn(tokens, rank, generator=generator), torch.randn(rank, channels, generator=generator)
+            for factor in (1.0, 1e-25, 1e25):
+                x = ((left @ right) * factor).float()
+                norm = float(codecs.round_up(torch.linalg.vector_norm(x.double(), dim=-1)).amax())
+                filled = -(-tokens // 4) * 4, -(-min(tokens, channels) // 4) * 4
+                rows, turned = np.zeros((filled[0], channels), np.float32), np.zeros((filled[1], tokens), np.float32)
+                rows[:tokens] = x.numpy()
+                one, two = (np.empty((filled[1], filled[1]), dtype=np.float32) for _ in range(2))
+                bound = float(cpu_write_row.spectral(rows, tokens, np.float32(norm), turned, one, two))
+                assert bound >= float(torch.linalg.matrix_norm(x.double(), ord=2))
+                expected = float(codecs.spectral_bound(x, torch.tensor(norm)))
+                assert bound == pytest.approx(expected, rel=1e-5)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels outside": lambda x: x.mT.contiguous().mT,
+    "a part": lambda x: torch.cat([x, x], dim=2)[:, :, 1:-2],
+    "one head for all": lambda x: x[:, :1].expand(-1, 3, -1, -1, -1),
+    "every other token": lambda x: x[..., ::2, :],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_originals_may_lie_in_any_way(layout: str) -> None:
+    x = LAYOUTS[layout](torch.randn(2, 2, 3, 32, 24))
+    for codec in CODECS:
+        assert check(x, codec) == 0
+
+
+@pytest.mark.parametrize("channels", [5, 20, 33, 64])
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_checksums_are_those_of_the_other_way(codec: Codec, channels: int) -> None:
+    parts, _ = compiled(torch.randn(2, 2, 3, 16, channels), codec)
+    whole = {name: part.contiguous() for name, part in parts.items()}
+    sums = torch.zeros(2, 2, 3, dtype=torch.int64)
+    cpu_write.sign([whole.get(name) for name in PARTS], sums, 0, 3)
+    assert torch.equal(sums, block_checksum([whole.get(name) for name in PARTS], 3, sums.device))
+
+
+def stores(x: list[Tensor], monkeypatch: pytest.MonkeyPatch, refine: str = "device") -> list[BlockStore]:
+    """The same blocks appended one part after another: by the compiled writer, and by the codecs."""
+    made = []
+    for way in (True, False):
+        monkeypatch.setattr(store, "COMPILED", way)
+        made.append(BlockStore(KeyCodec(refine != "off"), ValueCodec(4, 32, refine != "off"), refine))
+        for part in x:
+            made[-1].append(part, part)
+    monkeypatch.undo()
+    return made
+
+
+@pytest.mark.parametrize("refine", ["device", "host", "off"])
+def test_stores_hold_the_same(refine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = [torch.randn(2, 2, count, 16, 40) for count in (3, 1, 1, 5)]
+    x[1][0, 1, 0, 3, 4] = torch.nan
+    x[3][1, 0, 4] = -1e9
+    fast, slow = stores(x, monkeypatch, refine)
+    rows, heads, blocks = torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(10)).unbind(1)
+    for buffers, others in ((fast.keys, slow.keys), (fast.values, slow.values)):
+        for name in PARTS:
+            if buffers[name].data is None:
+                assert others[name].data is None
+            elif name == "numbers":
+                assert torch.allclose(buffers[name].view, others[name].view, rtol=1e-5, equal_nan=True)
+            else:
+                assert torch.equal(bits(buffers[name].view), bits(others[name].view)), name
+    assert not bool(fast.damaged((rows, heads, blocks)).any())
+    whole = torch.cat(x, dim=2)
+    before = [fast.keys["checksum"].view.clone(), fast.values["checksum"].view.clone()]
+    fast.keys["codes"].view[1, 1, 4, 2, 3] ^= 1
+    assert int(fast.damaged((rows, heads, blocks)).sum()) == 1
+    fast.rewrite((rows, heads, blocks), whole[rows, heads, blocks], whole[rows, heads, blocks])
+    assert not bool(fast.damaged((rows, heads, blocks)).any())
+    assert torch.equal(before[0], fast.keys["checksum"].view) and torch.equal(before[1], fast.values["checksum"].view)
+
+
+def test_a_block_does_not_depend_on_its_neighbours_or_on_threads() -> None:
+    x = torch.randn(1, 3, 7, 32, 48)
+    made = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        made.append(compiled(x, KeyCodec(True))[0])
+    torch.set_num_threads(1)
+    single = [compiled(x[:, :, n : n + 1], KeyCodec(True))[0] for n in range(7)]
+    for name in ("codes", "plane", "scale", "offset", "numbers"):
+        joined = torch.cat([part[name] for part in single], dim=2)
+        assert all(torch.equal(joined, other[name]) for other in made), name
+
+
+def test_two_threads_at_once() -> None:
+    x = [torch.randn(1, 2, 4, 32, 64) for _ in range(4)]
+    expected = [compiled(part, ValueCodec(4, 32, True))[0]["numbers"] for part in x]
+    torch.set_num_threads(2)
+    found: list[bool] = []
+
+    def work(place: int) -> None:
+        for _ in range(20):
+            found.append(torch.equal(compiled(x[place], ValueCodec(4, 32, True))[0]["numbers"], expected[place]))
+
+    callers = [threading.Thread(target=work, args=(place,)) for place in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    torch.set_num_threads(1)
+    assert len(found) == 80 and all(found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_after_a_fork() -> None:
+    x = torch.randn(1, 2, 4, 32, 64)
+    torch.set_num_threads(2)
+    expected = compiled(x, KeyCodec(True))[0]["numbers"]
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(compiled(x, KeyCodec(True))[0]["numbers"], expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_nothing_at_all() -> None:
+    for shape in ((0, 2, 3, 16, 8), (1, 2, 0, 16, 8)):
+        assert compiled(torch.randn(shape), KeyCodec(True))[1].shape == shape[:3]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_under_any_mode(mode: Callable[[], torch.no_grad]) -> None:
+    with mode():
+        x = torch.randn(1, 2, 3, 16, 24)
+        made = BlockStore(KeyCodec(True), ValueCodec(4, 32, True), "device")
+        made.append(x, x)
+    made.append(x.clone(), x.clone())
+    assert not bool(made.damaged((torch.tensor([0]), torch.tensor([1]), torch.tensor([4]))).any())
+
+
+def test_without_numba_the_codecs_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.compiled_writer(torch.zeros(1)) is cpu_write
+    assert store.compiled_writer(torch.zeros(1, dtype=torch.float64)) is None
+    monkeypatch.delitem(sys.modules, "hf_certkv.kernels.cpu_write")
+    monkeypatch.delattr("hf_certkv.kernels.cpu_write")
+    monkeypatch.setitem(sys.modules, "hf_certkv.kernels.cpu_write", None)
+    assert store.compiled_writer(torch.zeros(1)) is None
+
+
+def test_one_line_when_something_is_compiled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_announced", False)
+    compiling.announce()
+    compiling.announce()
+    assert capsys.readouterr().err.count("\n") == 1
+    compiled(torch.randn(1, 1, 1, 16, 8), KeyCodec(True))
+    assert compiling.is_kept(cpu_write._write)
+    assert not compiling.is_kept(object.__new__(type("Other", (), {"signatures": ()})))
+
+
+def test_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numba
+
+    real = numba.njit
+
+    def refusing(**options: object) -> object:
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(numba, "njit", refusing)
+    assert compiling.kernel()(lambda x: x + 1)(1) == 2
+
+
+def test_imported_only_when_it_is_needed() -> None:
+    code = "import sys, hf_certkv; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
