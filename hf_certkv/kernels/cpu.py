@@ -38,8 +38,11 @@ def supports(step: DecodeStep) -> bool:
     size = codec.group_size(width)
     fits = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
     grouped = size == width or size % LANES == 0
-    wanted = step.config.kernel != "reference"
-    return wanted and layer.device.type == "cpu" and fits and grouped and installed()
+    capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
+    wanted = step.config.kernel != "reference" and capped
+    if not (wanted and layer.device.type == "cpu" and fits and grouped and installed()):
+        return False
+    return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
 
 
 @lru_cache(maxsize=1)
@@ -73,10 +76,13 @@ class Stored(NamedTuple):
     room: int
 
 
-def _stored(layer: CertifiedLayer) -> Stored:
+def _stored(layer: CertifiedLayer) -> Stored | None:
+    """Where blocks lie; None where the buffers have unlike room, as when memory was refused to some while others grew."""
     keys, values = layer.store.keys, layer.store.values
     data = [part[name].data for part in (keys, values) for name in ("codes", "scale", "offset", "numbers")]
     present = [part for part in data if part is not None]
+    if len({part.shape[2] for part in present}) != 1:
+        return None
     pointers = [part.data_ptr() for part in present]
     return Stored(
         (pointers[0], pointers[1], pointers[2], pointers[4], pointers[5], pointers[6]),
@@ -104,8 +110,11 @@ class FusedStep:
         rows = 1 if used == 1 else -(-used // ROWS) * ROWS
         self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
         stored = layer.memo("cpu kernel", lambda: _stored(layer))
+        assert stored is not None, "asked for by `supports`"
         exact, codec = (step.exact_keys, step.exact_values), layer.value_codec
-        query = call.query.detach().reshape(batch, heads, used, channels).contiguous()
+        if exact[0].stride(1) * width != exact[1].stride(1) * channels:  # unlike room, as in `_stored`
+            exact = exact[0].contiguous(), exact[1].contiguous()
+        query = call.query.detach().reshape(batch, heads, used, channels).resolve_neg().contiguous()
         sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
         block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
         self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
