@@ -7,6 +7,7 @@ distances by squared weights is bounded by that by weights (`bounds.mean_radius`
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,19 +52,41 @@ def installed() -> bool:
     return find_spec("numba") is not None
 
 
-def scratch(name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
-    """`count` numbers that this thread's last call may have used too, and where they begin. They are not cleared."""
-    held: dict[str, tuple[np.ndarray, int]] = _scratch.__dict__
-    found = held.get(name)
-    if found is None or len(found[0]) < count:
-        array = np.empty(count + count // 8, dtype)
-        found = held[name] = (array, array.ctypes.data)
-    return found[0][:count], found[1]
+class Scratch:
+    """Arrays that calls of a thread use one after the other: they grow, and are not cleared."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[np.ndarray, int]] = {}
+
+    def __call__(self, name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
+        """`count` numbers that an earlier call may have used too, and where they begin."""
+        found = self._held.get(name)
+        if found is None or len(found[0]) < count:
+            array = np.empty(count + count // 8, dtype)
+            found = self._held[name] = (array, array.ctypes.data)
+        return found[0][:count], found[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array, _ in self._held.values())
+
+
+def scratch_for(user: object) -> Scratch:
+    """This thread's arrays; new ones while an earlier user still lives, whose numbers they are."""
+    last = getattr(_scratch, "user", None)
+    if last is not None and last() is not None:
+        return Scratch()
+    _scratch.user = weakref.ref(user)
+    if not hasattr(_scratch, "arrays"):
+        _scratch.arrays = Scratch()
+    arrays: Scratch = _scratch.arrays
+    return arrays
 
 
 def scratch_bytes() -> int:
     """Bytes that this thread's calls hold between steps, for all layers and caches together."""
-    return sum(array.nbytes for array, _ in _scratch.__dict__.values())
+    return _scratch.arrays.nbytes if hasattr(_scratch, "arrays") else 0
 
 
 class Stored(NamedTuple):
@@ -121,6 +144,7 @@ class FusedStep:
         self.row_figures = np.empty((7, units * used))
         # Kept alive while their addresses are in use.
         self.inputs = (exact, query, sink, block_bias, exact_bias)
+        self.scratch = scratch = scratch_for(self)
         segments = units * rows * (blocks + 1)
         self.maximum, maximum = scratch("maximum", segments, np.float32)
         self.sums, sums = scratch("sums", segments * 8, np.float32)
