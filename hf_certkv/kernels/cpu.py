@@ -1,7 +1,7 @@
 """The decode kernel for CPUs (extra `cpu`): pass and certificate of a step in one call, threads divided over the KV heads.
 
 Same sums and same bounds as `reference` and `bounds.total`, to which it is tested. One term is weaker: the mean of squared
-distances by squared weights is bounded by that by weights (`bounds.mean_radius`, `spread`), which saves a second product.
+distances by squared weights is bounded by what the other sums say of it (`bounds.square_moment_bound`): that saves a product.
 """
 
 from __future__ import annotations

@@ -291,7 +291,7 @@ def _parts(
 def _radii_of(
     sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moments`)."""
+    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moment_bound`)."""
     total, square = np.float64(sums[at + TOTAL]), np.float64(sums[at + SQUARE])
     cube, fourth = np.float64(sums[at + CUBE]), np.float64(sums[at + FOURTH])
     over, over_square = most(total, TINY), most(square, TINY)
