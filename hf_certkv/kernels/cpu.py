@@ -1,12 +1,13 @@
 """The decode kernel for CPUs (extra `cpu`): pass and certificate of a step in one call, threads divided over the KV heads.
 
 Same sums and same bounds as `reference` and `bounds.total`, to which it is tested. One term is weaker: the mean of squared
-distances by squared weights is bounded by that by weights (`bounds.mean_radius`, `spread`), which saves a second product.
+distances by squared weights is bounded by what the other sums say of it (`bounds.square_moment_bound`): that saves a product.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,8 +39,11 @@ def supports(step: DecodeStep) -> bool:
     size = codec.group_size(width)
     fits = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
     grouped = size == width or size % LANES == 0
-    wanted = step.config.kernel != "reference"
-    return wanted and layer.device.type == "cpu" and fits and grouped and installed()
+    capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
+    wanted = step.config.kernel != "reference" and capped
+    if not (wanted and layer.device.type == "cpu" and fits and grouped and installed()):
+        return False
+    return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
 
 
 @lru_cache(maxsize=1)
@@ -48,19 +52,41 @@ def installed() -> bool:
     return find_spec("numba") is not None
 
 
-def scratch(name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
-    """`count` numbers that this thread's last call may have used too, and where they begin. They are not cleared."""
-    held: dict[str, tuple[np.ndarray, int]] = _scratch.__dict__
-    found = held.get(name)
-    if found is None or len(found[0]) < count:
-        array = np.empty(count + count // 8, dtype)
-        found = held[name] = (array, array.ctypes.data)
-    return found[0][:count], found[1]
+class Scratch:
+    """Arrays that calls of a thread use one after the other: they grow, and are not cleared."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[np.ndarray, int]] = {}
+
+    def __call__(self, name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
+        """`count` numbers that an earlier call may have used too, and where they begin."""
+        found = self._held.get(name)
+        if found is None or len(found[0]) < count:
+            array = np.empty(count + count // 8, dtype)
+            found = self._held[name] = (array, array.ctypes.data)
+        return found[0][:count], found[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array, _ in self._held.values())
+
+
+def scratch_for(user: object) -> Scratch:
+    """This thread's arrays; new ones while an earlier user still lives, whose numbers they are."""
+    last = getattr(_scratch, "user", None)
+    if last is not None and last() is not None:
+        return Scratch()
+    _scratch.user = weakref.ref(user)
+    if not hasattr(_scratch, "arrays"):
+        _scratch.arrays = Scratch()
+    arrays: Scratch = _scratch.arrays
+    return arrays
 
 
 def scratch_bytes() -> int:
     """Bytes that this thread's calls hold between steps, for all layers and caches together."""
-    return sum(array.nbytes for array, _ in _scratch.__dict__.values())
+    return _scratch.arrays.nbytes if hasattr(_scratch, "arrays") else 0
 
 
 class Stored(NamedTuple):
@@ -73,10 +99,13 @@ class Stored(NamedTuple):
     room: int
 
 
-def _stored(layer: CertifiedLayer) -> Stored:
+def _stored(layer: CertifiedLayer) -> Stored | None:
+    """Where blocks lie; None where the buffers have unlike room, as when memory was refused to some while others grew."""
     keys, values = layer.store.keys, layer.store.values
     data = [part[name].data for part in (keys, values) for name in ("codes", "scale", "offset", "numbers")]
     present = [part for part in data if part is not None]
+    if len({part.shape[2] for part in present}) != 1:
+        return None
     pointers = [part.data_ptr() for part in present]
     return Stored(
         (pointers[0], pointers[1], pointers[2], pointers[4], pointers[5], pointers[6]),
@@ -104,14 +133,18 @@ class FusedStep:
         rows = 1 if used == 1 else -(-used // ROWS) * ROWS
         self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
         stored = layer.memo("cpu kernel", lambda: _stored(layer))
+        assert stored is not None, "asked for by `supports`"
         exact, codec = (step.exact_keys, step.exact_values), layer.value_codec
-        query = call.query.detach().reshape(batch, heads, used, channels).contiguous()
+        if exact[0].stride(1) * width != exact[1].stride(1) * channels:  # unlike room, as in `_stored`
+            exact = exact[0].contiguous(), exact[1].contiguous()
+        query = call.query.detach().reshape(batch, heads, used, channels).resolve_neg().contiguous()
         sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
         block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
-        self.result = torch.empty(step.shape, dtype=layer.dtype)
+        self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
         self.row_figures = np.empty((7, units * used))
         # Kept alive while their addresses are in use.
         self.inputs = (exact, query, sink, block_bias, exact_bias)
+        self.scratch = scratch = scratch_for(self)
         segments = units * rows * (blocks + 1)
         self.maximum, maximum = scratch("maximum", segments, np.float32)
         self.sums, sums = scratch("sums", segments * 8, np.float32)

@@ -320,7 +320,7 @@ def _expm1(x: float) -> float:
 def _radii_of(
     sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int
 ) -> tuple[float, float]:
-    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moments`)."""
+    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moment_bound`)."""
     total, square = np.float64(sums[at + TOTAL]), np.float64(sums[at + SQUARE])
     cube, fourth = np.float64(sums[at + CUBE]), np.float64(sums[at + FOURTH])
     over, over_square = most(total, TINY), most(square, TINY)
@@ -338,7 +338,9 @@ def _radii_of(
     # Squared weights as a multiple of the weights, and the rest by Cauchy-Schwarz.
     fit = cube / over_square
     apart = most(fourth - cube * fit, 0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
-    rest = 2 * math.sqrt(apart * size * squares * (1 + 4 * gamma(2 * terms))) * OUTWARD
+    # Squares of small numbers may have been flushed: tokens times channels of them.
+    lengths = squares * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
+    rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
     fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
     fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * more)
     held = fitted if abs(fitted) < math.inf and fitted < held else held
@@ -393,6 +395,9 @@ def _float16(x: float, halves: np.ndarray, place: int) -> float:
     if size >= 65520.0:
         halves[place] = sign | 0x7C00
         return math.inf
+    if size == 0:  # whose exponent is 0 by `frexp`
+        halves[place] = sign
+        return 0.0
     _, exponent = math.frexp(size)  # size = m * 2^exponent with 0.5 <= m < 1
     exponent = max(exponent, -13)
     unit = math.ldexp(1.0, exponent - 11)
