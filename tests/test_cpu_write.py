@@ -341,6 +341,12 @@ def test_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compiling.kernel()(lambda x: x + 1)(1) == 2
 
 
+def test_what_is_on_disk_belongs_to_these_sources() -> None:
+    """A kernel's name in the cache has a digest of all kernels and of the codecs in it."""
+    assert cpu_write._write.py_func.__qualname__.endswith(compiling.version())
+    assert compiling.version() in cpu_write._write._cache._cache_file._index_name
+
+
 def test_imported_only_when_it_is_needed() -> None:
     code = "import sys, hf_certkv; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

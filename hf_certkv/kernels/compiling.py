@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 _announced = False
@@ -27,14 +30,29 @@ def is_kept(function: Any) -> bool:
         return False
 
 
+@cache
+def version() -> str:
+    """A digest of all sources that a kernel may be made of: other kernels that it calls, constants that it takes over."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in [*sorted(here.glob("*.py")), here.parent / "codecs.py"]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` without the interpreter's lock, cached on disk. Args: options: further ones of `njit`."""
+    """`numba.njit` without the interpreter's lock, cached on disk. Args: options: further ones of `njit`.
+
+    numba takes what it has on disk for a function if that function's own file is unchanged. A kernel of yesterday must not
+    measure blocks for the codec of today: the name that goes into the cache has the version of all sources in it.
+    """
     import numba
 
     def compiled(function: Callable[..., Any]) -> Any:
         try:
+            function.__qualname__ += f"_{version()}"
             return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # there is no place to write to
+        except (RuntimeError, OSError):  # there is no place to write to, or no source to read
             return numba.njit(nogil=True, **options)(function)
 
     return compiled
