@@ -105,11 +105,11 @@ def groups(systems: list[System], dense: int, fixed: float, device: torch.device
 
 
 def predicted(system: System, context: int, head_dim: int, batch: int, layers: int) -> dict[str, int] | None:
-    """What `certkv plan` says of this package's caches; None of the others."""
+    """What `certkv plan` says of this package's caches, and of what a step works in; None of the others."""
     if system.kind != OURS:
         return None
     plan = plan_memory(model_config(head_dim, layers), context, batch, DTYPE, CertKVConfig.from_dict(dict(system.settings)))
-    return {"device_bytes": plan.device, "host_bytes": plan.host}
+    return {"device_bytes": plan.device + plan.working, "host_bytes": plan.host}
 
 
 def resident(system: System, context: int, head_dim: int, batch: int, layers: int, options: BenchOptions) -> dict[str, Any]:

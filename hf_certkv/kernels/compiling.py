@@ -67,5 +67,5 @@ def part(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def swift(function: Callable[..., Any]) -> Any:
-    """As `part`, and its sums may be taken in any order, so that they can be vectorised. NaN and infinities stay as they are."""
+    """As `part`; sums may be taken in any order, so that they can be vectorised. NaN and infinities stay as they are."""
     return part(function, fastmath={"reassoc", "nsz"})

@@ -135,8 +135,8 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         places = (unit * task.rows + row) * blocks
         l1, l2 = micro.float32s(task.query_l1 + 4 * places, blocks), micro.float32s(task.query_l2 + 4 * places, blocks)
         key_total = _keys(
-            maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, output, exact_mass,
-            norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
+            maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, output,
+            exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
             task.block + width, figures, between,
         )  # fmt: skip
         bound = (key_total + value_total + fixed) * OUTWARD
@@ -147,6 +147,22 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         apart = claim.units * used
         rows[mine], rows[apart + mine], rows[2 * apart + mine], rows[3 * apart + mine] = bound, norm, expected, fixed
         rows[4 * apart + mine], rows[5 * apart + mine], rows[6 * apart + mine] = key_total, value_total, 1.0 if met else 0.0
+
+
+@part
+def merge(task: Task, claim: Claim, unit: int) -> None:
+    """Outputs of one unit's rows, without their bounds."""
+    width, segments, apart = task.width, task.blocks + 1, task.rows * task.width
+    factors, weights = np.empty(segments), np.empty(segments, np.float32)
+    output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
+    for row in range(task.used):
+        start, mine = (unit * task.rows + row) * segments, unit * task.used + row
+        maximum, sums = micro.float32s(task.maximum + 4 * start, segments), micro.float32s(task.sums + 32 * start, 8 * segments)
+        sink = micro.float32s(claim.sink, claim.units * task.used)[mine] if claim.sink != 0 else -np.float32(np.inf)
+        _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
+        first = unit * segments * apart + row * width
+        micro_combine.mix(task.output, first, apart, weights.ctypes.data, segments, output.ctypes.data, width)
+        _round(output, shown, claim.result, mine * width, task.dtype)
 
 
 @part
@@ -272,8 +288,8 @@ def _keys(
         query_l2 = (math.sqrt(np.float64(l2[block])) + root_channels * 2.0**-60) * up + root_channels * hidden
         shift = most(scaling * least(kappa[block] * query_l1, epsilon[block] * query_l2) * OUTWARD, 0.0)
         near, square_near = _radii_of(
-            sums, block * 8, np.float64(squares[block]), np.float64(inner[block]), size, eta[block], radius[block] + centre, away,
-            terms,
+            sums, block * 8, np.float64(squares[block]), np.float64(inner[block]), size, eta[block], radius[block] + centre,
+            away, terms,
         )  # fmt: skip
         growth = _expm1(shift)
         rise = growth * OUTWARD
