@@ -22,6 +22,7 @@ from . import threads
 from .reference import Segments
 
 if TYPE_CHECKING:
+    from ..codecs import ValueCodec
     from ..decode import DecodeStep
     from ..layers import CertifiedLayer
     from ..store import Index
@@ -34,16 +35,19 @@ _scratch = threading.local()
 def supports(step: DecodeStep) -> bool:
     """Whether numba is installed and the kernel has code for the layer's format: sizes that fill vectors of sixteen."""
     layer = step.layer
-    channels, width = layer.widths
-    codec = layer.value_codec
-    size = codec.group_size(width)
-    fits = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
-    grouped = size == width or size % LANES == 0
     capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
     wanted = step.config.kernel != "reference" and capped
-    if not (wanted and layer.device.type == "cpu" and fits and grouped and installed()):
+    if not (wanted and layer.device.type == "cpu" and fits(layer.value_codec, layer.widths) and installed()):
         return False
     return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
+
+
+def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
+    """Whether channels of keys and values, and groups of values, fill vectors of sixteen."""
+    channels, width = widths
+    size = codec.group_size(width)
+    filled = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
+    return filled and (size == width or size % LANES == 0)
 
 
 @lru_cache(maxsize=1)
