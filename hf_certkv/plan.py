@@ -173,7 +173,7 @@ def _working(
 ) -> int:
     """Bytes that the CPU kernel works in for one new token; 0 where plain torch computes, in what it frees again."""
     rows = (query_heads(config, index) or heads) // heads
-    fits = cpu.fits(widths, layer.value_codec) and cpu.installed() and layer.config.kernel != "reference"
+    fits = cpu.fits(layer.value_codec, widths) and cpu.installed() and layer.config.kernel != "reference"
     blocks = layer.finished_blocks(context)
     return cpu.working_bytes(batch * heads, rows, blocks, *widths) if fits and blocks else 0
 

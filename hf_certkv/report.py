@@ -46,7 +46,8 @@ def _plain_text(renderable: RenderableType) -> str:
 class MemoryReport:
     """Bytes as allocated. `parts` by name, those that begin with `host_` in host memory.
 
-    `dense`: a dense cache's bytes. `working`: what a certified step of one token works in besides, on the device: once for all layers, and no part of the cache.
+    `dense`: a dense cache's bytes. `working`: what a certified step of one token works in besides, on the device: once for all
+    layers, and no part of the cache.
     """
 
     parts: dict[str, int]

@@ -38,17 +38,18 @@ def supports(step: DecodeStep) -> bool:
     """Whether numba is installed and the kernel has code for the layer's format and the call."""
     layer = step.layer
     capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
-    wanted = step.config.kernel != "reference" and capped and layer.device.type == "cpu"
-    if not (wanted and fits(layer.widths, layer.value_codec) and installed()):
+    wanted = step.config.kernel != "reference" and capped
+    if not (wanted and layer.device.type == "cpu" and fits(layer.value_codec, layer.widths) and installed()):
         return False
     return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
 
 
-def fits(widths: tuple[int, int], codec: ValueCodec) -> bool:
-    """Whether channels of keys and values, and value groups, fill vectors of sixteen."""
-    size = codec.group_size(widths[1])
-    filled = widths[0] % LANES == 0 and widths[1] % (LANES if codec.bits == 8 else 2 * LANES) == 0
-    return filled and (size == widths[1] or size % LANES == 0)
+def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
+    """Whether channels of keys and values, and groups of values, fill vectors of sixteen."""
+    channels, width = widths
+    size = codec.group_size(width)
+    filled = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
+    return filled and (size == width or size % LANES == 0)
 
 
 @lru_cache(maxsize=1)
