@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from .certificate import Recorder
 from .config import CertKVConfig
-from .errors import CachePicklingError, CacheStateError, ConfigError, UnsupportedModelError
+from .errors import CachePicklingError, CacheStateError, ConfigError, MissingDependencyError, UnsupportedModelError
 from .interrupts import uninterrupted
+from .kernels import cpu
 from .layers import CertifiedLayer
 from .report import CertificateReport, MemoryReport
 from .scrub import ScrubReport, scrub_layer
@@ -37,6 +38,7 @@ class CertifiedQuantizedCache(StepJournal, Cache):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnsupportedModelError: the model has a cache layout that cannot be served.
+        MissingDependencyError: `kernel="cpu"` without numba.
 
     Example:
         >>> cache = CertifiedQuantizedCache(model.config, rtol=0.05)
@@ -63,6 +65,8 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         if settings is not None and not isinstance(settings, CertKVConfig):
             raise ConfigError(f"settings={settings!r}: expected a CertKVConfig.")
         self.settings = (settings or CertKVConfig()).replace(**changes)
+        if self.settings.kernel == "cpu" and not cpu.installed():
+            raise MissingDependencyError("kernel='cpu' needs numba: `pip install 'hf_certkv[cpu]'`, or leave kernel='auto'.")
         self.recorder = Recorder(full=self.settings.record == "full")
         self._begin_journal()
         self._warned: set[str] = set()

@@ -29,6 +29,7 @@ from .scrub import BlocksRepairedError, require_intact
 from .store import Index
 
 MOST_REPAIRS = 8  # of one step: more is no accident
+REDONE_AT_A_TIME = 64  # blocks, whose numbers are held in float32
 
 
 def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
@@ -324,39 +325,43 @@ class DecodeStep(StepInputs):
         index: Index = tuple(torch.nonzero(changed, as_tuple=True))  # type: ignore[assignment]
         require_intact(self.layer, index)
         self.details()
-        keys = self._load(KEYS, index, key_level, self.key_level)
-        values = self._load(VALUES, index, value_level, self.value_level)
-        self._redo(index, keys, values)
+        for first in range(0, len(index[0]), REDONE_AT_A_TIME):
+            few: Index = tuple(part[first : first + REDONE_AT_A_TIME] for part in index)  # type: ignore[assignment]
+            keys = self._load(KEYS, few, key_level, self.key_level)
+            self._redo(few, keys, self._load(VALUES, few, value_level, self.value_level))
         self.key_level, self.value_level = key_level, value_level
         self.certify()
         return True
 
     def _redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
         self.details()
+        if self.fused is not None:
+            self.fused.redo(index, keys.contiguous(), values.contiguous())
+            return
         steps = token_steps(self.encoded[1].scale[index])
         kernel.redo_blocks(self.segments, index, self.scaled, keys, values, steps, self.block_bias, self.call.softcap)
-        if self.fused is not None:
-            self.fused.redone(index)
 
     def _load(self, kind: int, index: Index, level: Tensor, before: Tensor) -> Tensor:
         """Blocks at their new levels: float32 `[n, block, channels]`."""
         layer, wanted = self.layer, level[index]
         width = layer.widths[kind]
         out = torch.empty(len(wanted), layer.block, width, dtype=torch.float32, device=layer.device)
+        if self.fused is not None:
+            self.fused.read(kind, index, wanted, out)
         for at in range(3):
             chosen = (wanted == at).nonzero().flatten()
             if len(chosen) == 0:
                 continue
             part = (index[0][chosen], index[1][chosen], index[2][chosen])
-            if at < 2:
-                out[chosen] = layer.store.decode("values" if kind else "keys", at, part, width)
-                if at == 1 and self.config.refine == "host":
-                    fresh = int((before[part] < 1).sum())
-                    self.bytes_moved += fresh * layer.block * ((width + 1) // 2)
-            else:
+            if at == 1 and self.config.refine == "host":
+                fresh = int((before[part] < 1).sum())
+                self.bytes_moved += fresh * layer.block * ((width + 1) // 2)
+            if at == 2:
                 assert layer.shadow is not None
                 out[chosen] = layer.shadow.read_pages(kind, *part).float()
                 self.bytes_moved += len(chosen) * self._page_bytes()[kind]
+            elif self.fused is None:
+                out[chosen] = layer.store.decode("values" if kind else "keys", at, part, width)
         return out
 
     def finish(self) -> Tensor:

@@ -85,13 +85,19 @@ def slice_across(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop
 
 def compiled_writer(x: Tensor) -> ModuleType | None:
     """`kernels.cpu_write` where it can encode blocks of `x`, or None: then the codecs do."""
-    if not COMPILED or x.device.type != "cpu":
+    writer = _compiled(x.device)
+    return writer if writer is not None and x.dtype in writer.FORMS else None
+
+
+def _compiled(device: torch.device) -> ModuleType | None:
+    """`kernels.cpu_write` where it is installed and the blocks lie where it can read them."""
+    if not COMPILED or device.type != "cpu":
         return None
     try:
         from .kernels import cpu_write
     except ImportError:  # without the extra `cpu`
         return None
-    return cpu_write if x.dtype in cpu_write.FORMS else None
+    return cpu_write
 
 
 def part_shapes(codec: KeyCodec | ValueCodec, tokens: int, channels: int) -> dict[str, tuple[list[int], torch.dtype]]:
@@ -192,6 +198,12 @@ class BlockStore:
         """Which blocks no longer have the checksum they were written with, keys or values: bool `[n]`."""
         wrong = torch.zeros(len(index[0]), dtype=torch.bool, device=index[0].device)
         for buffers in (self.keys, self.values):
+            data = [buffers[name].data for name in PARTS]
+            assert data[0] is not None
+            writer = _compiled(data[0].device)
+            if writer is not None:
+                wrong |= writer.signatures(data, index) != _entries(buffers["checksum"], index)
+                continue
             parts = [_entries(buffers[name], index) if buffers[name].data is not None else None for name in PARTS]
             wrong |= block_checksum(parts, 1, wrong.device) != _entries(buffers["checksum"], index)
         return wrong

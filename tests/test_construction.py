@@ -83,6 +83,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "dense_head_share": [-0.1, 1.1, math.nan, None, "1"],
     "dense_layer_share": [-0.1, 1.1, math.nan, None, "1"],
     "record": ["all", None, True],
+    "kernel": ["gpu", None, True],
     "audit": [1, 0, "yes", None],
     "seed": [0.5, "0", None, True],
     "paper_tau_cov": [-0.1, 1.1, math.nan, None],

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..decode import DecodeStep
     from ..layers import CertifiedLayer
     from ..store import Index
+    from .cpu_redo import Coded
 
 LANES = 16
 ROWS = 4  # query rows of a tile, as in `micro`
@@ -45,10 +46,10 @@ def supports(step: DecodeStep) -> bool:
 
 
 def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
-    """Whether channels of keys and values, and groups of values, fill vectors of sixteen."""
+    """Whether channels of keys and values, and their halves where two share a byte, and value groups fill vectors of 16."""
     channels, width = widths
     size = codec.group_size(width)
-    filled = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
+    filled = channels % (2 * LANES) == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
     return filled and (size == width or size % LANES == 0)
 
 
@@ -135,6 +136,20 @@ def _stored(layer: CertifiedLayer) -> Stored | None:
     )
 
 
+def _coded(layer: CertifiedLayer, kind: int) -> Coded:
+    """Where the codes of keys (0) or values (1) lie."""
+    from .cpu_redo import Coded
+
+    buffers, codec, width = (layer.store.keys, layer.store.values)[kind], layer.value_codec, layer.widths[kind]
+    codes, plane, scale, offset = (buffers[name].data for name in ("codes", "plane", "scale", "offset"))
+    assert codes is not None and scale is not None and offset is not None
+    group, bits = (codec.group_size(width), codec.bits) if kind else (0, 8)
+    planes = (plane.data_ptr(), plane.shape[2]) if plane is not None else (0, 0)
+    groups = scale.shape[-1] if kind else 0
+    sizes = (layer.block, width, groups, group, bits)
+    return Coded(codes.data_ptr(), planes[0], scale.data_ptr(), offset.data_ptr(), codes.shape[2], planes[1], *sizes)
+
+
 class FusedStep:
     """A step on the CPU: its arrays, and what the certificate says of them. Shapes as in `DecodeStep`.
 
@@ -145,7 +160,8 @@ class FusedStep:
         from .cpu_certify import Claim
         from .cpu_pass import Task
 
-        layer, config, call = step.layer, step.config, step.call
+        self.layer = layer = step.layer
+        config, call = step.config, step.call
         batch, heads, used, width = step.shape
         channels, units, blocks = layer.widths[0], batch * heads, step.blocks
         rows = padded(used)
@@ -269,7 +285,7 @@ class FusedStep:
         threads.run(lambda start, stop: cpu_step.certify_again(task, claim, start, stop), self.units)
 
     def segments(self) -> Segments:
-        """Views of the pass's sums, without those by squared weights; `redo_blocks` may replace a block's."""
+        """Views of the pass's sums, without those by squared weights."""
         batch, heads, used, width = self.shape
         shape = (batch, heads, self.rows, self.blocks + 1)
         maximum = torch.from_numpy(self.maximum).view(shape)[:, :, :used]
@@ -277,11 +293,28 @@ class FusedStep:
         output = torch.from_numpy(self.output).view(batch, heads, self.blocks + 1, self.rows, width)[:, :, :, :used]
         return Segments(maximum, sums[..., 4], sums[..., 5], output, None, sums[..., :4])
 
-    def redone(self, index: Index) -> None:
-        """Blocks of `segments` were replaced: their sums of higher powers of the weights are no longer known."""
+    def read(self, kind: int, index: Index, levels: Tensor, out: Tensor) -> None:
+        """Blocks at level 0 or 1 as float32, into their places of `out` `[n, block, channels]`; others are left alone."""
+        from . import cpu_redo
+
+        coded = self.layer.memo(f"cpu kernel, coded {kind}", lambda: _coded(self.layer, kind))
+        units, numbers = self._units(index)
+        levels = levels.contiguous()
+        place, count = out.data_ptr(), len(units)
+        given = (coded, units.data_ptr(), numbers.data_ptr(), levels.data_ptr(), count, place)
+        threads.run(lambda start, stop: cpu_redo.read(*given, start, stop), count)
+
+    def redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
+        """Put single blocks into the pass's sums anew. Args: keys, values: float32 `[n, block, channels]`, contiguous."""
+        from . import cpu_redo
+
+        task, (units, numbers) = self.task, self._units(index)
+        given = (task, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
+        threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units))
+
+    def _units(self, index: Index) -> tuple[Tensor, Tensor]:
         rows, heads, blocks = index
-        shape = (*self.shape[:2], self.rows, self.blocks + 1, 8)
-        torch.from_numpy(self.sums).view(shape)[rows, heads, :, blocks, 6:] = torch.nan
+        return rows * self.shape[1] + heads, blocks.contiguous()
 
     def row_figure(self, which: int) -> Tensor:
         """Bound, norm, expected, fixed, key total, value total, or 1 where the budget is met: float64 `[B, H, R]`."""

@@ -83,8 +83,6 @@ def blocks(task: Task, unit: int) -> None:
     count = rows * task.blocks
     query_l1 = micro.float32s(task.query_l1 + 4 * unit * count, count)
     query_l2 = micro.float32s(task.query_l2 + 4 * unit * count, count)
-    sums = micro.float32s(task.sums + 32 * unit * rows * (task.blocks + 1), 8 * rows * (task.blocks + 1))
-    all_squares = micro.float32s(task.squares + 4 * unit * task.blocks, task.blocks)
     query, sizes = task.query + 4 * unit * rows * channels, task.sizes + 4 * unit * rows * channels
     pitch = width if task.bits == 8 else width // 2
     for number in range(task.blocks):
@@ -102,13 +100,7 @@ def blocks(task: Task, unit: int) -> None:
                 for row in range(0, rows, ROWS):
                     to = row * block + token
                     micro.dots_codes(task.key_codes, key, grid, 0, query, row * channels, channels, scores, to, block)
-        if task.softcap != 0:
-            _cap(scores, rows * block, task.softcap)
-        if task.block_bias != 0:
-            first, apart = _bias_of(task.block_strides, task.heads, unit)
-            for row in range(task.used):
-                bias = task.block_bias + 4 * (first + row * apart + number * block)
-                _add(scores + 4 * row * block, bias, block)
+        biased(task, unit, number, scores, block)
         micro.from_float16(task.value_scale, here * block * groups * 2, scale, 0, block * groups)
         micro.from_float16(task.value_offset, here * block * groups * 2, offset, 0, block * groups)
         micro.token_steps(scale, 0, groups, block, np.float32(task.step_up), steps, 0)
@@ -131,12 +123,65 @@ def blocks(task: Task, unit: int) -> None:
                                      task.output, place, width)
             # fmt: on
         micro.row_sums(squares, 0, block, norms, 0)
-        all_squares[number] = _total(norms, block)
-        for row in range(rows):
-            place = (row * (task.blocks + 1) + number) * 8
-            sums[place + 2], sums[place + 3] = micro.moments(scores, row * block, norms, 0, block)
+        moments_of(task, unit, number, scores, norms)
     # numba frees an array behind its last use, which an address is not.
     held[0][0] = held[1][0] = held[2][0] = more[0][0] = more[1][0] = 0
+
+
+@part
+def biased(task: Task, unit: int, number: int, scores: int, block: int) -> None:
+    """Softcap and bias of a block's scores `[rows, block]`, in place."""
+    if task.softcap != 0:
+        _cap(scores, task.rows * block, task.softcap)
+    if task.block_bias != 0:
+        first, apart = _bias_of(task.block_strides, task.heads, unit)
+        for row in range(task.used):
+            bias = task.block_bias + 4 * (first + row * apart + number * block)
+            _add(scores + 4 * row * block, bias, block)
+
+
+@part
+def moments_of(task: Task, unit: int, number: int, weights: int, norms: int) -> None:
+    """What a block's weights and its values' squared norms add up to: the squares' total, the moments of each row."""
+    block, count = task.block, task.rows * (task.blocks + 1)
+    sums = micro.float32s(task.sums + 32 * unit * count, 8 * count)
+    micro.float32s(task.squares + 4 * unit * task.blocks, task.blocks)[number] = _total(norms, block)
+    for row in range(task.rows):
+        place = (row * (task.blocks + 1) + number) * 8
+        sums[place + 2], sums[place + 3] = micro.moments(weights, row * block, norms, 0, block)
+
+
+@part
+def scores_of(task: Task, unit: int, keys: int, tokens: int, scores: int) -> None:
+    """Scores `[rows, tokens]` with float32 keys; tokens: a multiple of ROWS."""
+    channels, rows = task.channels, task.rows
+    query = task.query + 4 * unit * rows * channels
+    for token in range(0, tokens, ROWS):
+        if rows == 1:
+            micro.dots_exact_1(keys, token * channels, keys, 0, query, 0, channels, scores, token, tokens)
+        else:
+            for row in range(0, rows, ROWS):
+                to = row * tokens + token
+                micro.dots_exact(keys, token * channels, keys, 0, query, row * channels, channels, scores, to, tokens)
+
+
+@part
+def segment(
+    task: Task, unit: int, number: int, values: int, tokens: int, scores: int, steps: int, squares: int, norms: int
+) -> None:
+    """Segment `number` from scores and float32 values, a multiple of 16: maximum, sums, output; the values' squared norms."""
+    rows, width = task.rows, task.width
+    _weigh(task, unit, number, scores, steps, tokens)
+    to = (unit * (task.blocks + 1) + number) * rows * width
+    for row in range(0, rows, ROWS):
+        # fmt: off
+        if rows == 1:
+            micro.gather_exact_1(values, 0, steps, steps, 0, 1, scores, 0, tokens, squares, task.output, to, width)
+        else:
+            micro.gather_exact(values, 0, steps, steps, 0, 1, scores, row * tokens, tokens, squares,
+                               task.output, to + row * width, width)
+        # fmt: on
+    micro.row_sums(squares, 0, tokens, norms, 0)
 
 
 @part
@@ -190,16 +235,9 @@ def exact_tokens(task: Task, unit: int) -> tuple[float, float]:
     norm_array = np.zeros(padded, np.float32)
     keys, values, norms = key_array.ctypes.data, value_array.ctypes.data, norm_array.ctypes.data
     scores, steps, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
-    query = task.query + 4 * unit * rows * channels
     widen(task.exact_keys, unit * task.exact_room * channels, tokens * channels, task.dtype, keys)
     widen(task.exact_values, unit * task.exact_room * width, tokens * width, task.dtype, values)
-    for token in range(0, padded, ROWS):
-        if rows == 1:
-            micro.dots_exact_1(keys, token * channels, keys, 0, query, 0, channels, scores, token, padded)
-        else:
-            for row in range(0, rows, ROWS):
-                to = row * padded + token
-                micro.dots_exact(keys, token * channels, keys, 0, query, row * channels, channels, scores, to, padded)
+    scores_of(task, unit, keys, padded, scores)
     if task.softcap != 0:
         _cap(scores, rows * padded, task.softcap)
     for row in range(rows):
@@ -208,17 +246,7 @@ def exact_tokens(task: Task, unit: int) -> tuple[float, float]:
             _add(scores + 4 * row * padded, task.exact_bias + 4 * (first + row * apart), tokens)
         for token in range(tokens, padded):
             held[0][row * padded + token] = -INFINITY
-    _weigh(task, unit, task.blocks, scores, steps, padded)
-    to = (unit * (task.blocks + 1) + task.blocks) * rows * width
-    for row in range(0, rows, ROWS):
-        # fmt: off
-        if rows == 1:
-            micro.gather_exact_1(values, 0, steps, steps, 0, 1, scores, 0, padded, squares, task.output, to, width)
-        else:
-            micro.gather_exact(values, 0, steps, steps, 0, 1, scores, row * padded, padded, squares,
-                               task.output, to + row * width, width)
-        # fmt: on
-    micro.row_sums(squares, 0, padded, norms, 0)
+    segment(task, unit, task.blocks, values, padded, scores, steps, squares, norms)
     key_norm, value_norm = 0.0, 0.0
     for token in range(tokens):
         square = micro.dot(keys, token * channels, keys, token * channels, channels)

@@ -226,3 +226,32 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
         factors = multipliers(place, words.shape[-1], words.device).numpy()
         given = (words.numpy(), factors, (heads, blocks), first, out, place == 0)
         threads.run(lambda start, stop, given=given: _sign(*given, start, stop), batch * heads * blocks)  # type: ignore[misc]
+
+
+@summing
+def _sign_some(
+    words: Any, factors: Any, rows: Any, heads: Any, blocks: Any, sums: Any, fresh: bool, start: int, stop: int
+) -> None:
+    """What one part adds to the checksums of single blocks start..stop-1."""
+    for i in range(start, stop):
+        row, total = words[rows[i], heads[i], blocks[i]], np.int64(0)
+        for k in range(len(row)):
+            total += np.int64(row[k]) * factors[k]
+        sums[i] = total if fresh else sums[i] + total
+
+
+def signatures(parts: list[Tensor | None], index: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The checksums of single blocks as they are now, as `block_checksum` takes them: int64 `[n]`.
+
+    Args: parts: as in `sign`; index: int64 `[n]` each, batch row, KV head and place.
+    """
+    sums, where = np.empty(len(index[0]), np.int64), [part.numpy() for part in index]
+    for place, part in enumerate(parts):
+        if part is None:
+            continue
+        raw = part.flatten(3).view(torch.uint8)
+        words = raw.view(torch.int32) if raw.shape[-1] % 4 == 0 else raw
+        factors = multipliers(place, words.shape[-1], words.device).numpy()
+        given = (words.numpy(), factors, *where, sums, place == 0)
+        threads.run(lambda start, stop, given=given: _sign_some(*given, start, stop), len(sums))  # type: ignore[misc]
+    return torch.from_numpy(sums)

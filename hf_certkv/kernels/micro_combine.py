@@ -1,4 +1,4 @@
-"""The innermost loops over segments: their outputs mixed into one, and how far each points along it. By addresses."""
+"""More innermost loops: over segments, their outputs mixed and met; over codes, read onto their grid. By addresses, as `micro`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 
 from .micro import INDEX, STRIP, intrinsic
-from .vectors import FLOAT, INT, LANES, LONG, Emitter, floats, long
+from .vectors import BYTE, BYTES, FLOAT, FLOATS, INT, INTS, LANES, LONG, Emitter, floats, long
 
 FOUR = 4  # segments at a time
 
@@ -75,6 +75,71 @@ def inners(typing: Any, parts: Any, start: Any, pitch: Any, output: Any, width: 
         done = emit.times(groups, FOUR)
         with emit.loop(builder.sub(count, done)) as i:
             some(builder.add(done, i), 1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def spread(
+    typing: Any,
+    source: Any,
+    at: Any,
+    count: Any,
+    shift: Any,
+    mask: Any,
+    factor: Any,
+    plus: Any,
+    numbers: Any,
+    to: Any,
+    fresh: Any,
+) -> Any:
+    """numbers[to + c] = (0 if fresh, else itself) + ((source[at + c] >> shift) & mask) * factor + plus; a multiple of 16."""
+    signature = types.void(*(INDEX,) * 5, types.float32, types.float32, INDEX, INDEX, types.boolean)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit = Emitter(context, builder)
+        source, numbers = emit.pointer(arguments[0], arguments[1], BYTE), emit.pointer(arguments[7], arguments[8], FLOAT)
+        shift, mask = (_every(emit, builder.trunc(arguments[i], INT)) for i in (3, 4))
+        factor, plus = emit.splat(arguments[5]), emit.splat(arguments[6])
+        with emit.loop(builder.udiv(arguments[2], long(LANES))) as chunk:
+            c = emit.times(chunk, LANES)
+            code = builder.and_(builder.lshr(emit.unsigned(emit.at(source, c), BYTES), shift), mask)
+            read = emit.fma(builder.sitofp(code, FLOATS), factor, plus)
+            place = emit.at(numbers, c)
+            held = builder.select(arguments[9], floats(0.0), emit.load(place))
+            emit.store(builder.fadd(held, read), place)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _every(emit: Emitter, x: Any) -> Any:
+    """One int32 in every lane."""
+    one = emit.builder.insert_element(ir.Constant(INTS, ir.Undefined), x, ir.Constant(INT, 0))
+    return emit.pick(one, one, [0] * LANES)
+
+
+@intrinsic
+def onto_grid(typing: Any, numbers: Any, to: Any, count: Any, scales: Any, scale: Any, offset: Any, shared: Any) -> Any:
+    """numbers[to + c] = numbers[to + c] * scales[scale + c] + scales[offset + c], or with one of each where `shared`.
+
+    `count` is a multiple of 16. Positions times steps are exact, so that one rounding is all, with or without a fused product.
+    """
+    signature = types.void(*(INDEX,) * 6, types.boolean)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit = Emitter(context, builder)
+        numbers = emit.pointer(arguments[0], arguments[1], FLOAT)
+        steps, starts = (emit.pointer(arguments[3], arguments[i], FLOAT) for i in (4, 5))
+        with builder.if_else(arguments[6]) as (same, each):
+            for branch, one in ((same, True), (each, False)):
+                with branch, emit.loop(builder.udiv(arguments[2], long(LANES))) as chunk:
+                    c = emit.times(chunk, LANES)
+                    step = emit.splat(builder.load(steps)) if one else emit.load(emit.at(steps, c))
+                    start = emit.splat(builder.load(starts)) if one else emit.load(emit.at(starts, c))
+                    place = emit.at(numbers, c)
+                    emit.store(emit.fma(emit.load(place), step, start), place)
         return context.get_dummy_value()
 
     return signature, generate
