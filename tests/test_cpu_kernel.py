@@ -294,10 +294,7 @@ def test_two_threads_and_more_workers_give_the_same_bits() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        threads = [
-            threading.Thread(target=lambda n=n: found.extend(served(n) == wanted[n] for _ in range(5)))
-            for n in wanted
-        ]
+        threads = [threading.Thread(target=lambda n=n: found.extend(served(n) == wanted[n] for _ in range(5))) for n in wanted]
         for thread in threads:
             thread.start()
         for thread in threads:
