@@ -102,8 +102,8 @@ def returned(step: DecodeStep, made: dict[str, Tensor]) -> tuple[Tensor, Tensor,
         factors[at], shares[at] = factor / normaliser, lifted / normaliser
         for i, share in enumerate(np.float32(factors[at])):
             output[at] += share.item() * made["output"][at[0], at[1], i, at[2]].float()
-    factor = torch.from_numpy(factors)
-    return output, factor, factor * made["sums"][..., 4], torch.from_numpy(shares)
+    found = torch.from_numpy(factors)
+    return output, found, found * made["sums"][..., 4], torch.from_numpy(shares)
 
 
 def by_bounds(step: DecodeStep) -> bounds.Certificate:

@@ -182,18 +182,19 @@ def test_largest_norms_and_query_weights(number: int) -> None:
         for mine, exact in (("key_norm", step.key_norm), ("value_norm", step.value_radius)):
             assert bool((made[mine] >= exact * (1 - 2.0**-29)).all() and (made[mine] <= exact * 1.001 + 1e-36).all())
         scale = step.encoded[0].scale.double().abs()
-        exact = step.query.double().abs() @ scale.mT, (step.query.double().square() @ scale.square().mT).sqrt()
+        l1, l2 = step.query.double().abs() @ scale.mT, (step.query.double().square() @ scale.square().mT).sqrt()
         up = 1 + (step.layer.widths[0] + 8) * 2.0**-23
-        assert bool(((made["l1"] + step.layer.widths[0] * bounds.TINY) * up * made["top"] >= exact[0] * (1 - 1e-12)).all())
+        assert bool(((made["l1"] + step.layer.widths[0] * bounds.TINY) * up * made["top"] >= l1 * (1 - 1e-12)).all())
         root = step.layer.widths[0] ** 0.5 * 2.0**-60
-        assert bool(((made["l2"].sqrt() + root) * up * made["top"] >= exact[1] * (1 - 1e-12)).all())
+        assert bool(((made["l2"].sqrt() + root) * up * made["top"] >= l2 * (1 - 1e-12)).all())
 
 
 @pytest.mark.parametrize(("number", "dtype"), CASES)
 def test_no_error_is_above_its_bound(number: int, dtype: torch.dtype) -> None:
     """Without slack, by the exact oracle: fast, with promotions, dense, under a layer's budget, with nothing enforced."""
     small = ("normal", "wild values", "lined values", "lined keys", "moderate bits")
-    for at, settings in enumerate(({"rtol": 1.0}, {"rtol": 0.02}, {"policy": "naive"}, {"scope": "layer", "rtol": 0.1})):
+    every: tuple[dict[str, Any], ...] = ({"rtol": 1.0}, {"rtol": 0.02}, {"policy": "naive"}, {"scope": "layer", "rtol": 0.1})
+    for at, settings in enumerate(every):
         case = case_of(number, dtype, small[(number + at) % len(small)], **settings)
         verdict = examine(
             replace(case, query=case.query[:1], keys=case.keys[:1], values=case.values[:1], mask=first(case.mask))
