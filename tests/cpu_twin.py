@@ -102,14 +102,16 @@ def returned(step: DecodeStep, made: dict[str, Tensor]) -> tuple[Tensor, Tensor,
         factors[at], shares[at] = factor / normaliser, lifted / normaliser
         for i, share in enumerate(np.float32(factors[at])):
             output[at] += share.item() * made["output"][at[0], at[1], i, at[2]].float()
-    factor = torch.from_numpy(factors)
-    return output, factor, factor * made["sums"][..., 4], torch.from_numpy(shares)
+    found = torch.from_numpy(factors)
+    return output, found, found * made["sums"][..., 4], torch.from_numpy(shares)
 
 
 def by_bounds(step: DecodeStep) -> bounds.Certificate:
     """The certificate that bounds.py makes of the kernel's sums, with the bound of the second mean that the kernel has."""
     made, layer, call = arrays(step), step.layer, step.call
     # The largest norms are rounded up more than the reference's are: `test_largest_norms` looks at them.
+    for name in ("slack", "rounding"):  # computed anew from these
+        step.__dict__.pop(name, None)
     step.__dict__.update(key_norm=made["key_norm"], value_radius=made["value_norm"])
     output, factor, mass, sink = returned(step, made)
     norm = torch.linalg.vector_norm(output.to(layer.dtype).double(), dim=-1)
@@ -178,3 +180,46 @@ def of_the_reference(step: DecodeStep) -> reference.Segments:
     """The same pass by the reference."""
     given = (step.scaled, *step.encoded, step.exact_keys, step.exact_values, step.block_bias, step.exact_bias)
     return reference.decode_pass(*given, step.layer.key_codec, step.layer.value_codec, step.call.softcap)
+
+
+def discrepancies(step: DecodeStep) -> list[str]:
+    """What the kernel has left behind, and its certificate, where they are not what float64 and bounds.py make of the step."""
+    fused: Any = step.fused
+    if fused is None:
+        return ["the reference computed this"]
+    made, found = arrays(step), list[str]()
+    slack, width, sums = step.slack.amax() + 1e-30, step.layer.widths[0], made["sums"]
+    for name, mine, exact in (
+        ("key norm", made["key_norm"], step.key_norm),
+        ("value norm", made["value_norm"], step.value_radius),
+    ):
+        if not bool((mine >= exact * (1 - 2.0**-29)).all()):
+            found.append(f"the largest {name} is too small")
+    raised = ((step.key_level > 0) | (step.value_level > 0)).unsqueeze(2)
+    wanted, _ = float64_sums(step, made["maximum"])
+    powers = torch.tensor([1, 2, 1, 2, 1, 2, 3, 4]).double()
+    room = torch.expm1(2 * powers * slack) + 2 * bounds.gamma(step.layer.block + step.shape[3] + 64)
+    off = ((sums - wanted).abs() > room * wanted + 1e-30)[..., :-1, :] & ~raised.unsqueeze(-1)
+    found += [f"sum {i} of a block is wrong" for i in range(8) if bool(off[..., i].any())]
+    if not bool(sums[..., :-1, 6:].isnan().all(dim=-1)[raised.expand(*sums.shape[:3], -1)].all()):
+        found.append("a raised block has powers of the weights of before")
+    squares = read_values(step)[1].double().square().sum((-1, -2)).unsqueeze(2)
+    if not bool((made["squares"] >= squares * (1 - 1e-4) - 1e-30).all()):
+        found.append("the values of a block are longer")
+    scale = step.encoded[0].scale.double().abs()
+    l1 = (made["l1"] + width * TINY) * (1 + (width + 8) * 2.0**-23) * made["top"]
+    if not bool((l1 >= step.query.double().abs() @ scale.mT * (1 - 1e-12)).all()):
+        found.append("the query's weights are too small")
+    exactly = returned(step, made)[0].to(step.layer.dtype)
+    if not bool(((exactly == fused.result) | (exactly.isnan() & fused.result.isnan())).all()):
+        found.append("the output is another one")
+    mine, theirs = fused.certificate(), by_bounds(step)
+    for name in ("total", "fixed", "key_total", "value_total", "key_parts", "value_parts"):
+        x, y = getattr(mine, name), getattr(theirs, name)
+        same = (x == y) | ~(x.isfinite() | y.isfinite())  # infinity and NaN are never within a budget
+        if not bool((same | ((x >= y * (1 - 1e-13)) & (x <= y * (1 + 1e-10)))).all()):
+            found.append(f"{name}: {x.flatten()[:4].tolist()}, by bounds.py {y.flatten()[:4].tolist()}")
+    budget = (step.config.atol + step.config.rtol * step.norm) * (1 - 2.0**-30)
+    if not torch.equal(fused.row_figure(6).bool(), bounds.meets(mine.total, budget)):
+        found.append("another budget is met")
+    return found

@@ -5,10 +5,11 @@ from __future__ import annotations
 from plants_base import Plant
 from plants_bound import BOUND
 from plants_codec import CODEC
+from plants_cpu import CPU
 from plants_kernel import KERNEL
 from plants_ladder import LADDER
 from plants_state import STATE
 
-PLANTS: dict[str, Plant] = {plant.name: plant for plant in (*BOUND, *CODEC, *LADDER, *KERNEL, *STATE)}
+PLANTS: dict[str, Plant] = {plant.name: plant for plant in (*BOUND, *CODEC, *LADDER, *KERNEL, *STATE, *CPU)}
 
 __all__ = ["PLANTS", "Plant"]

@@ -9,8 +9,7 @@ import torch
 from plants_base import Apply, Patch, arguments, by_oracle, by_proof, instead, kind, results
 from torch import Tensor
 
-from hf_certkv import bounds
-from hf_certkv import decode as decode_module
+from hf_certkv import bounds, inputs
 from hf_certkv.decode import DecodeStep
 from hf_certkv.kernels import reference
 from hf_certkv.verify.cases import Case, tensors
@@ -251,7 +250,7 @@ BOUND = [
     plant(
         "norms of exact tokens forgotten",
         "V and K taken over the blocks only",
-        instead(decode_module, "_largest", blocks_only),
+        instead(inputs, "_largest", blocks_only),
         by_oracle(heavy_tail),
     ),
     plant(

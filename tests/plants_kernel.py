@@ -11,7 +11,7 @@ import torch
 from plants_base import Apply, Detect, Patch, arguments, by_oracle, instead, kind, of_the_codec, results
 from torch import Tensor
 
-from hf_certkv import codecs
+from hf_certkv import codecs, inputs
 from hf_certkv import decode as decode_module
 from hf_certkv import store as store_module
 from hf_certkv.attention import AttentionCall
@@ -78,6 +78,7 @@ def heads_interleaved(patch: Patch) -> None:
     def init(self: DecodeStep, layer: Any, call: AttentionCall) -> None:
         order = torch.arange(call.query.shape[1]).view(-1, layer.heads).T.flatten()
         original(self, layer, replace(call, query=call.query[:, order]))
+        assert self.query is not None  # computed now, of that order
         self.call = call
 
     patch.setattr(DecodeStep, "__init__", init)
@@ -179,25 +180,25 @@ KERNEL = [
     plant(
         "mask ignored",
         "masked tokens attended",
-        instead(decode_module, "split_bias", lambda bias, sink, blocks, block: (None, None)),
+        instead(inputs, "split_bias", lambda bias, sink, blocks, block: (None, None)),
         by_oracle(masked),
     ),
     plant(
         "mask of the block before",
         "biases off by one block",
-        results(decode_module, "split_bias", next_block),
+        results(inputs, "split_bias", next_block),
         by_oracle(masked),
     ),
     plant(
         "mask of another batch row",
         "one row's padding for all rows",
-        arguments(decode_module, "row_bias", first_row_of_the_mask),
+        arguments(inputs, "row_bias", first_row_of_the_mask),
         by_oracle(padded),
     ),
     plant(
         "mask of another head",
         "one head's biases for all heads",
-        arguments(decode_module, "row_bias", first_head_of_the_mask),
+        arguments(inputs, "row_bias", first_head_of_the_mask),
         by_oracle(two_readers),
     ),
     plant(

@@ -10,11 +10,12 @@ import pytest
 from plants import PLANTS
 from plants_bound import BOUND
 from plants_codec import CODEC
+from plants_cpu import CPU
 from plants_kernel import KERNEL
 from plants_ladder import LADDER
 from plants_state import STATE
 
-LISTS = {"bound": BOUND, "codec": CODEC, "kernel": KERNEL, "ladder": LADDER, "state": STATE}
+LISTS = {"bound": BOUND, "codec": CODEC, "kernel": KERNEL, "ladder": LADDER, "state": STATE, "cpu": CPU}
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -5,15 +5,36 @@ Every function here is one of kernels/micro.py with nothing around it. float32 a
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
+import torch
+from torch import Generator, Tensor
 
-from ..kernels import cpu_certify, micro
+from ..codecs import KeyCodec, ValueCodec
+from ..kernels import cpu_certify, cpu_pass, micro
+from ..kernels.compiling import kernel
+from .arithmetic import KINDS, count_failures
+from .parts import Part
 
 Numbers = Any  # np.ndarray
-plain = numba.njit(nogil=True, error_model="numpy")
+
+
+def plain(function: Callable[..., Any]) -> Any:
+    """Compiled, and kept on disk until this file or a kernel changes."""
+    made = kernel(error_model="numpy")(function)
+    try:
+        first, stamp = made._cache._cache_file._source_stamp
+        own = int.from_bytes(hashlib.sha256(Path(__file__).read_bytes()).digest()[:7], "big")
+        made._cache._cache_file._source_stamp = first, stamp ^ own
+    except (AttributeError, TypeError, OSError):  # numba's own matters: then it is not kept
+        return numba.njit(nogil=True, error_model="numpy")(function)
+    return made
 
 
 @plain
@@ -36,6 +57,46 @@ def _scores(query: Numbers, keys: Numbers, out: Numbers) -> None:
             micro.dots_exact_1(key, token * channels, key, 0, at, 0, channels, to, token, len(keys))
         else:
             micro.dots_exact(key, token * channels, key, 0, at, 0, channels, to, token, len(keys))
+
+
+@plain
+def _read_keys(queries: Numbers, codes: Numbers, grid: Numbers, out: Numbers) -> None:
+    channels, tokens = queries.shape[1], len(codes)
+    key, at, query, to = codes.ctypes.data, grid.ctypes.data, queries.ctypes.data, out.ctypes.data
+    for row in range(0, len(queries), micro.ROWS):
+        for token in range(0, tokens, micro.ROWS):
+            start = row * tokens + token
+            micro.dots_codes(key, token * channels, at, 0, query, row * channels, channels, to, start, tokens)
+            if row % (2 * micro.ROWS):  # half of them one by one
+                for r in range(row, row + micro.ROWS):
+                    start = r * tokens + token
+                    micro.dots_codes_1(key, token * channels, at, 0, query, r * channels, channels, to, start, tokens)
+
+
+@plain
+def _read_values(
+    weights: Numbers, codes: Numbers, scale: Numbers, offset: Numbers, per: int, bits: int, squares: Numbers, out: Numbers
+) -> None:
+    tokens, groups, width = len(codes), scale.shape[1], out.shape[1]
+    v, s, o, w, q, to = (
+        codes.ctypes.data, scale.ctypes.data, offset.ctypes.data, weights.ctypes.data, squares.ctypes.data, out.ctypes.data,
+    )  # fmt: skip
+    for row in range(0, len(weights), micro.ROWS):
+        if bits == 8:
+            micro.gather_bytes(v, 0, s, o, groups, per, w, row * tokens, tokens, q, to, row * width, width)
+        else:
+            micro.gather_nibbles(v, 0, s, o, groups, per, w, row * tokens, tokens, q, to, row * width, width)
+        if row % (2 * micro.ROWS):
+            for r in range(row, row + micro.ROWS):
+                if bits == 8:
+                    micro.gather_bytes_1(v, 0, s, o, groups, per, w, r * tokens, tokens, q, to, r * width, width)
+                else:
+                    micro.gather_nibbles_1(v, 0, s, o, groups, per, w, r * tokens, tokens, q, to, r * width, width)
+
+
+@plain
+def _widened(bits: Numbers, dtype: int, out: Numbers) -> None:
+    cpu_pass.widen(bits.ctypes.data, 0, len(out), dtype, out.ctypes.data)
 
 
 @plain
@@ -74,10 +135,11 @@ def _rounded(x: Numbers, shown: Numbers, out: Numbers, dtype: int) -> float:
 
 
 def exp(x: Numbers) -> Numbers:
-    """exp of numbers up to 0, and of NaN."""
-    out = np.empty_like(x)
-    _exp(x, out, np.empty(16, np.float32))
-    return out
+    """exp of numbers up to 0, and of NaN; of any count."""
+    given = np.pad(x, (0, -len(x) % 16))
+    out = np.empty_like(given)
+    _exp(given, out, np.empty(16, np.float32))
+    return out[: len(x)]
 
 
 def dot(x: Numbers, y: Numbers) -> float:
@@ -126,3 +188,105 @@ def rounded(x: Numbers, dtype: int) -> tuple[Numbers, float]:
     out = np.empty(len(x), np.uint16)
     norm = _rounded(x, np.empty_like(x), out, dtype)
     return out, float(norm)
+
+
+def widened(bits: Numbers, dtype: int) -> Numbers:
+    """16-bit numbers, given by their bits, in float32."""
+    out = np.empty(len(bits), np.float32)
+    _widened(bits, dtype, out)
+    return out
+
+
+def weigh_products(factors: list[Numbers], got: float, roundings: int) -> tuple[bool, float]:
+    """Whether a computed sum of products of finite float32 numbers is within gamma of the sum of their sizes, and its share.
+
+    Args: factors: arrays `[n]`; roundings: n of gamma_n. A product may lose 2^-126 besides, once a factor.
+    """
+    if not math.isfinite(got):
+        return False, math.inf
+    places = 149 * len(factors)  # products are integers times 2^-places
+    columns = [[int(x) for x in (factor.astype(np.float64) * 2.0**149).tolist()] for factor in factors]
+    products = [math.prod(row) for row in zip(*columns, strict=True)]
+    numerator, denominator = float(got).as_integer_ratio()
+    error = abs(numerator * 2**places - denominator * sum(products)) * (2**24 - roundings)
+    tiny = len(factors) * len(products) * 2 ** (places - 126) * (2**24 - roundings)
+    allowed = denominator * (roundings * sum(map(abs, products)) + tiny)
+    return error <= allowed, error / allowed
+
+
+def chains(part: Part, generator: Generator, kind: str) -> None:
+    """Every sum of the kernel on inputs of a kind, against the roundings that section 5 counts, as integers."""
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    def drawn(*shape: int) -> Numbers:
+        return KINDS[kind](shape, generator).float().contiguous().numpy()
+
+    n, rows, tokens, width = pick(16, 32, 64, 96, 128, 256), pick(1, 4), pick(16, 32, 64, 128), pick(16, 32, 48, 80, 128)
+    query, keys, weights, rest = drawn(rows, n), drawn(tokens, n), drawn(rows, tokens), drawn(width, tokens).T.copy()
+    if "half a unit" in kind:
+        query, weights = np.ones_like(query), np.ones_like(weights)
+    found: list[tuple[str, list[Numbers], float, int]] = []
+    tree = 4  # additions of a sum over sixteen lanes
+    got = scores(query, keys)
+    found += [("scores", [query[r], keys[t]], got[r, t], n // 16 + tree) for r in range(rows) for t in range(0, tokens, 5)]
+    got, norms = values(weights, rest)
+    found += [("values", [weights[r], rest[:, c]], got[r, c], tokens) for r in range(rows) for c in range(0, width, 7)]
+    found += [("norms", [rest[t], rest[t]], norms[t], width // 16 + tree) for t in range(0, tokens, 5)]
+    x = keys[0], np.abs(query[0])
+    found.append(("dot", [*x], dot(*x), n // 16 + tree))
+    first, second = query_weights(x[1], x[0])
+    found.append(("query weights", [np.abs(x[0]), x[1]], first, n // 16 + tree))
+    found.append(("query weights", [x[0], x[0], x[1], x[1]], second, n // 16 + tree + 2))
+    given = -np.abs(drawn(1, tokens)[0]) - np.float32(3) * torch.rand(tokens, generator=generator).numpy()
+    steps = np.abs(weights[0])
+    w, of = sums(given, steps)
+    one, added = np.ones_like(w), tokens // 16 + tree
+    sizes = {0: [w, steps], 1: [w, w, steps, steps], 4: [w, one], 5: [w, w], 6: [w, w, w], 7: [w, w, w, w]}
+    more = {0: 0, 1: 2, 4: 0, 5: 1, 6: 1, 7: 2}
+    found += [("sums", factors, of[i], added + more[i]) for i, factors in sizes.items()]
+    first, second = moments(w, norms)
+    found += [("moments", [w, norms], first, added), ("moments", [w, w, norms], second, added + 1)]
+    shares = part.figures.setdefault("cpu_chains_error_over_gamma", {})
+    for name, factors, value, roundings in found:
+        within, share = weigh_products(factors, float(value), roundings)
+        part.checked += 1
+        shares[name] = max(shares.get(name, 0.0), share)
+        if not within:
+            part.fail(f"CPU kernel, {name}, {kind}: {len(factors[0])} addends: {share:.6g} of the error allowed")
+
+
+def decoded(part: Part, generator: Generator) -> None:
+    """Numbers as the kernel reads them are those of the codecs bit for bit, in every channel and group."""
+    for width, group in ((32, 16), (96, 48), (96, 0), (128, 32)):
+        tokens = 16
+        codes = torch.randint(0, 256, (tokens, width), generator=generator, dtype=torch.uint8)
+        scale, offset = (torch.randn(2, width, generator=generator) * torch.exp2(torch.arange(width) % 30 - 15)).half()
+        eye = np.eye(width, dtype=np.float32)
+        out = np.empty((width, tokens), np.float32)
+        _read_keys(eye, codes.numpy(), torch.stack([scale, offset]).float().numpy(), out)
+        _compare(part, f"keys, {width} channels", out.T, KeyCodec(True).decode(codes, None, scale, offset))
+        for bits in (4, 8):
+            codec = ValueCodec(bits, group, True)
+            groups = -(-width // codec.group_size(width))
+            step, start = (torch.randn(2, tokens, groups, generator=generator) * 8).half()
+            stored = codes if bits == 8 else codes[:, : width // 2].contiguous()
+            one, squares, values = np.eye(tokens, dtype=np.float32), np.empty((tokens, 16), np.float32), out.T.copy()
+            given = stored.numpy(), step.float().numpy(), start.float().numpy(), codec.group_size(width) // 16, bits
+            _read_values(one, *given, squares, values)
+            _compare(part, f"int{bits} values, {width} channels", values, codec.decode(stored, None, step, start, width))
+    bits_of = np.arange(2**16, dtype=np.uint16)
+    for dtype, code in ((torch.float16, cpu_pass.FLOAT16), (torch.bfloat16, cpu_pass.BFLOAT16)):
+        exact = torch.from_numpy(bits_of.view(np.int16)).view(dtype).float()
+        wide = widened(bits_of, code)
+        _compare(part, f"{dtype} numbers", wide[exact.isfinite().numpy()], exact[exact.isfinite()])
+        _compare(part, f"{dtype}, not finite", np.isnan(wide) * 2 + np.isinf(wide), exact.isnan() * 2 + exact.isinf())
+        back = rounded(wide, code)[0]
+        _compare(part, f"{dtype} there and back", back[~exact.isnan().numpy()], torch.from_numpy(bits_of)[~exact.isnan()])
+
+
+def _compare(part: Part, what: str, got: Numbers, exact: Tensor) -> None:
+    wrong = int(np.count_nonzero(got != exact.numpy()))
+    part.checked += exact.numel()
+    count_failures(part, wrong, f"CPU kernel, {what}: {wrong} of {exact.numel()} are not those of the codecs")

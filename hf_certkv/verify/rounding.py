@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bounds import EXP_ERROR, OUTPUT_ROUNDOFF, TANH_ERROR, TINY, UNIT_ROUNDOFF
+from ..kernels import cpu
 from ..precision import full_precision
+from . import kernel
 from .arithmetic import (
     CHAINS,
     KINDS,
@@ -83,6 +85,24 @@ FUNCTIONS = (
     cast(torch.float16),
     cast(torch.bfloat16),
 )
+
+
+def cpu_exp(x: Tensor) -> Tensor:
+    """exp of the CPU kernel for what it is used for, differences from a largest score; the backend's above 0."""
+    from . import cpu_arithmetic
+
+    return torch.where(x > 0, torch.exp(x), torch.from_numpy(cpu_arithmetic.exp(x.numpy())))
+
+
+CPU_EXP = Function("cpu exp", cpu_exp, np.exp, exp_allowed, lambda x: x.exp(), layouts=False)
+EXPONENTIALS = ("exp", "cpu exp")
+
+
+def has_cpu_kernel(device: torch.device) -> bool:
+    """Whether the CPU kernel's arithmetic is to be looked at."""
+    return device.type == "cpu" and cpu.installed() and kernel.chosen() != "reference"
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every second": lambda x: torch.stack([x, x], dim=-1)[:, 0],
     "rows of seven": lambda x: F.pad(F.pad(x, (0, -len(x) % 7)).view(-1, 7), (0, 1))[:, :7],
@@ -119,7 +139,8 @@ class Sweep:
 
     def __init__(self, part: Part, device: torch.device) -> None:
         self.part, self.device = part, device
-        self.tally = {function.name: Tally() for function in FUNCTIONS}
+        self.functions = (*FUNCTIONS, CPU_EXP) if has_cpu_kernel(device) else FUNCTIONS
+        self.tally = {function.name: Tally() for function in self.functions}
 
     def results(self, call: Callable[[Tensor], Tensor], x: Tensor, layouts: bool = True) -> dict[str, Numbers]:
         """A function of float32 `[n]`, by layout and mode."""
@@ -134,7 +155,7 @@ class Sweep:
     def page(self, bits: Numbers) -> None:
         """Judge inputs given by their bits, uint32 `[n]`."""
         x = torch.from_numpy(bits.view(np.float32)).to(self.device)
-        for function in FUNCTIONS:
+        for function in self.functions:
             results, differ = self.results(function.call, x, function.layouts), self.tally[function.name].differ
             first = results.pop("contiguous")
             self.judge(function, bits, first, "contiguous")
@@ -143,7 +164,7 @@ class Sweep:
                 differ[name] = differ.get(name, 0) + int(other.sum())
                 if other.any():
                     self.judge(function, bits[other], y[other], name)
-        self.part.checked += len(bits) * len(FUNCTIONS)
+        self.part.checked += len(bits) * len(self.functions)
 
     def judge(self, function: Function, bits: Numbers, result: Numbers, layout: str) -> None:
         """Compare results, float32 `[n]`, with float64 ones."""
@@ -160,7 +181,7 @@ class Sweep:
                 kept.append((float(here[at]), int(bits[at]), float(y[at]), layout))
                 kept.sort(reverse=True)
                 del kept[KEPT:]
-        if function.name in ("exp", "tanh"):
+        if function.name in (*EXPONENTIALS, "tanh"):
             unit = (result.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32).astype(np.float64) * 2.0**-23
             tally.ulps = max(tally.ulps, float((error / np.maximum(unit, 2.0**-149) * ~tiny).max()))
             tally.largest = max(tally.largest, float(np.fmax.reduce(y * (x <= 0))))
@@ -171,15 +192,19 @@ class Sweep:
     def special_values(self) -> None:
         """What the certificate takes for exact: exp(0) = 1, the heaviest weight, exp(-inf) = 0, a masked one, and NaN."""
         given, wanted = (0.0, -0.0, -math.inf, math.nan, math.inf), np.array([1.0, 1.0, 0.0, math.nan, math.inf] * 9)
-        for name, y in self.results(lambda x: torch.exp(x), torch.tensor(given * 9, device=self.device)).items():
-            wrong = ~((y == wanted) | (np.isnan(y) & np.isnan(wanted)))
-            self.part.checked += len(y)
-            count_failures(self.part, int(wrong.sum()), f"exp, {name}: of {given} it is {y[:5].tolist()}")
+        inputs = torch.tensor(given * 9, device=self.device)
+        for function in self.functions:
+            if function.name not in EXPONENTIALS:
+                continue
+            for name, y in self.results(function.call, inputs, function.layouts).items():
+                wrong = ~((y == wanted) | (np.isnan(y) & np.isnan(wanted)))
+                self.part.checked += len(y)
+                count_failures(self.part, int(wrong.sum()), f"{function.name}, {name}: of {given} it is {y[:5].tolist()}")
 
     def figures(self) -> dict[str, Any]:
         """The worst inputs judged again in balls, and what else was found."""
         found: dict[str, Any] = {}
-        for function in FUNCTIONS:
+        for function in self.functions:
             tally = self.tally[function.name]
             found[function.name] = {"differ_from_contiguous": tally.differ}
             for zone, kept in tally.worst.items():
@@ -189,7 +214,7 @@ class Sweep:
                     exact = function.exact(np.array([x]))
                     if not np.isfinite(exact).all():
                         continue
-                    relative = EXP_ERROR if function.name == "exp" and zone == "normal" else 0.0
+                    relative = EXP_ERROR if function.name in EXPONENTIALS and zone == "normal" else 0.0
                     allowed = float(function.allowed(np.array([y]), exact)[0])
                     within, error, share = weigh(function.ball, x, y, relative, allowed)
                     self.part.checked += 1
@@ -200,7 +225,7 @@ class Sweep:
                         if zone == "normal":
                             worst["relative_error_u"] = error / abs(float(exact[0])) / UNIT_ROUNDOFF
                 found[function.name][zone] = worst
-        for name in ("exp", "tanh"):
+        for name in {*EXPONENTIALS, "tanh"} & set(found):
             found[name] |= {"ulps": self.tally[name].ulps, "largest_for_inputs_to_0": self.tally[name].largest}
         return found
 
@@ -228,6 +253,14 @@ def special_points() -> Numbers:
     return np.unique(np.concatenate(found)).astype(np.uint32)
 
 
+def cpu_kernel(part: Part, device: torch.device, generator: torch.Generator, number: int) -> None:
+    """The sums of the CPU kernel, where there is one, on one kind of inputs."""
+    if has_cpu_kernel(device):
+        from . import cpu_arithmetic
+
+        cpu_arithmetic.chains(part, generator, list(KINDS)[number % len(KINDS)])
+
+
 def run(clock: Clock, device: torch.device, seed: int) -> Part:
     """Check this backend's arithmetic, with every float32 number if the clock lasts.
 
@@ -242,6 +275,12 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
         everything = [(name, kind) for name in CHAINS for kind in KINDS]
         for name, kind in everything * SHAPES:
             one_chain(part, device, generator, name, kind)
+        if has_cpu_kernel(device):
+            from . import cpu_arithmetic
+
+            cpu_arithmetic.decoded(part, generator)
+        for number in range(len(KINDS) * SHAPES):
+            cpu_kernel(part, device, generator, number)
         sweep.special_values()
         points = special_points()
         for bits in np.array_split(points, -(-len(points) // PAGE)):
@@ -251,6 +290,7 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
                 sweep.page(half)
             done += 1
             if done % SUMS_EVERY == 0:
+                cpu_kernel(part, device, generator, done // SUMS_EVERY)
                 one_chain(part, device, generator, *everything[done // SUMS_EVERY % len(everything)])
                 clock.tell(f"{done / PAGE:.1%} of all float32 numbers")
         functions = sweep.figures()
@@ -260,6 +300,7 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
         "exp_error_u": functions["exp"]["normal"].get("relative_error_u", 0.0),
         "exp_ulps": functions["exp"]["ulps"],
         "tanh_error_u": functions["tanh"]["normal"]["error"] / UNIT_ROUNDOFF,
+        **({"cpu_exp_error_u": functions["cpu exp"]["normal"].get("relative_error_u", 0.0)} if "cpu exp" in functions else {}),
         "functions": functions,
     }
     part.seconds = clock.spent - start

@@ -93,8 +93,8 @@ def verify(
         device: where the cache runs; the oracle runs on the CPU.
         seed: everything random follows from it and from how far the run gets; only: names of parts, all if empty.
         workers: processes for the random part; head_steps: where that part stops at the latest, however many minutes are left.
-        save_to: a folder for witness files; kernel_name: what computes the calls (kernel.py); tell: called with a part's name, its
-            progress from 0 to 1, and a short text.
+        save_to: a folder for witness files; kernel_name: what computes the calls (kernel.py).
+        tell: called with a part's name, its progress from 0 to 1, and a short text.
 
     Raises: InputError: an unknown part, kernel or device, or a number out of range; MissingDependencyError: no numba for "cpu".
     """
