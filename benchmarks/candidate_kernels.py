@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from hf_certkv.codecs import MIDDLE, KeyCodec, ValueCodec
 from hf_certkv.kernels import threads
 
+compiled_loops: Any = numba.njit(fastmath=True, nogil=True)
 BLOCK, GROUP, ROWS, TILE = 64, 32, 4, 4  # tokens a block, channels a value scale, query rows a KV head, blocks a tile
 
 
@@ -59,7 +60,7 @@ def encode(keys: Tensor, values: Tensor) -> Coded:
     return Coded(key_codes, scales[0], offsets[0], value_codes, scales[1], offsets[1])
 
 
-@numba.njit(fastmath=True, nogil=True, cache=False)
+@compiled_loops
 def _loops(
     query: Any, key_codes: Any, key_scale: Any, key_offset: Any, value_codes: Any, value_scale: Any, value_offset: Any,
     out: Any, start: int, stop: int,
@@ -124,12 +125,12 @@ def _loops(
 def loops(query: Tensor, coded: Coded) -> Tensor:
     """numba's own vectorisation of loops."""
     out = torch.empty_like(query)
-    arrays = [part.numpy() for part in (query, *coded, out)]
+    arrays: list[Any] = [part.numpy() for part in (query, *coded, out)]
     threads.run(lambda start, stop: _loops(*arrays, start, stop), len(query))
     return out
 
 
-@numba.njit(fastmath=True, nogil=True, cache=False)
+@compiled_loops
 def _expand(
     key_codes: Any, key_scale: Any, key_offset: Any, value_codes: Any, value_scale: Any, value_offset: Any,
     keys: Any, values: Any, first: int, start: int, stop: int,
@@ -161,10 +162,10 @@ def tiles(query: Tensor, coded: Coded, compiled: bool) -> Tensor:
     keys, values = torch.empty(heads, TILE * BLOCK, channels), torch.empty(heads, TILE * BLOCK, channels)
     held, mass = torch.zeros_like(query), query.new_zeros(heads, ROWS, 1)
     top = query.new_full((heads, ROWS, 1), -torch.inf)
-    arrays = [part.numpy() for part in (*coded, keys, values)]
+    arrays: list[Any] = [part.numpy() for part in (*coded, keys, values)]
     for first in range(0, blocks, TILE):
         if compiled:
-            threads.run(lambda start, stop, first=first: _expand(*arrays, first, start, stop), heads)  # type: ignore[misc]
+            threads.run(partial(_expand, *arrays, first), heads)
         else:
             _expand_by_torch(coded, first, keys, values)
         scores = torch.bmm(query, keys.mT)

@@ -7,6 +7,7 @@ dense ways pack the query heads of a KV head along positions, so that no KV head
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ def caches(trace: Trace) -> dict[str, Candidate]:
         held = cache.update(trace.keys[..., -1:, :], trace.values[..., -1:, :], 0)
 
         def call(held: Any = held, cache: Any = cache) -> Tensor:  # handles do not keep their cache
-            return attend(trace.query, *held, enable_gqa=True)
+            keys, values = held
+            return attend(trace.query, keys, values, enable_gqa=True)
 
         step = _fused(call) if kernel == "auto" else None
         output, over_bound = judge(cache, call, exact)
@@ -75,9 +77,9 @@ def _fused(call: Call) -> cpu.FusedStep:
     made: list[cpu.FusedStep] = []
     original = cpu.FusedStep.run
 
-    def run(step: cpu.FusedStep) -> None:
-        made.append(step)
-        original(step)
+    def run(self: cpu.FusedStep) -> None:
+        made.append(self)
+        original(self)
 
     cpu.FusedStep.run = run  # type: ignore[method-assign]
     try:
@@ -99,8 +101,8 @@ def dense(trace: Trace) -> dict[str, Candidate]:
         keys, values, query = (part.to(dtype) for part in (trace.keys, trace.values, trace.query))
         packed = query.view(1, KV_HEADS, -1, CHANNELS)
         calls = {
-            f"{kind}, packed": lambda q=packed, k=keys, v=values: attend(q, k, v).view(trace.query.shape),  # type: ignore[misc]
-            f"{kind}, enable_gqa": lambda q=query, k=keys, v=values: attend(q, k, v, enable_gqa=True),  # type: ignore[misc]
+            f"{kind}, packed": lambda q=packed, k=keys, v=values: attend(q, k, v).view(trace.query.shape),
+            f"{kind}, enable_gqa": lambda q=query, k=keys, v=values: attend(q, k, v, enable_gqa=True),
         }
         for name, call in calls.items():
             out[name] = Candidate(call, "dense attention", {"error": errors(call(), exact)})
@@ -217,11 +219,15 @@ def main(
 ) -> None:
     """Measure all candidates and save `benchmarks/results/candidates.json`."""
     rows: list[dict[str, Any]] = []
+    loads: list[dict[str, Any]] = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for size in tokens.split(","):
             for count in threads_.split(","):
+                if hasattr(os, "getloadavg"):
+                    loads.append({"tokens": int(size), "threads": int(count), "load": os.getloadavg()[0]})
                 rows += measure(int(size), int(count), rounds, Path(folder))
-                save("candidates", {"kv_heads": KV_HEADS, "query_heads": QUERY_HEADS, "channels": CHANNELS, "rows": rows})
+                shape = {"kv_heads": KV_HEADS, "query_heads": QUERY_HEADS, "channels": CHANNELS}
+                save("candidates", {**shape, "loads": loads, "rows": rows})
 
 
 if __name__ == "__main__":
