@@ -71,6 +71,48 @@ def value_error(mass_step: Tensor, root_square_step: Tensor, eta: Tensor, spectr
     return torch.minimum(mass_step * eta, root_square_step * spectral) * OUTWARD
 
 
+def moment_rounding(reach: Tensor, terms: int) -> Tensor:
+    """What the computed mean of squared distances may be off by, if that is by the same weights as its sums   [section 5]."""
+    # The three sums of the moment cancel; each is off by no more than gamma of (||v_hat|| + ||o||)^2.
+    return 1.01 * gamma(terms + 8) * reach.square() + 8 * TINY * terms * terms * (1 + reach)
+
+
+def square_moment_bound(
+    moment: Tensor,
+    powers: tuple[Tensor, Tensor, Tensor, Tensor],
+    square_norms: Tensor,
+    inner: Tensor,
+    size: Tensor,
+    lengths: Tensor,
+    reach: Tensor,
+    terms: int,
+) -> Tensor:
+    """What `mean_radius` may take for the mean by squared weights where sum w^2 v is not known: at least M'_b   [section 3].
+
+    The twin of what kernels/cpu_certify.py computes; nothing else calls it.
+
+    Args:
+        moment: `[..., rows, blocks]`, the mean by weights, as computed; powers: sums of w, w^2, w^3, w^4, of weights up to 1.
+        square_norms: sum of w^2 ||v_hat||^2; inner: o . sum of w v_hat; size: `[..., rows, 1]`, ||o||^2.
+        lengths: `[..., 1, blocks]`, sum of ||v_hat||^2 over the block; reach, terms: as in `mean_radius`.
+    """
+    total, square, cube, fourth = powers
+    off = moment_rounding(reach, terms)
+    over = square.clamp_min(TINY)
+    spread = total / over * (1 + 4 * gamma(terms + 8))
+    # No weight is above 1.
+    by_weight = (moment.clamp_min(0.0) + off) * spread
+    # w^2 = a w + (w^2 - a w): the first by what the block adds to the output, the rest by Cauchy-Schwarz.
+    a = cube / over
+    rest = (fourth - cube * a).clamp_min(0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
+    read = lengths * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
+    fitted = (square_norms - 2 * a * inner + size * square + 2 * torch.sqrt(rest * size * read) * OUTWARD) / over
+    fitted = fitted.clamp_min(0.0) + off * (1 + a * spread)
+    # `fitted` may be NaN, where fourth powers are not known; a moment that overflowed says nothing of either.
+    best = torch.where(torch.isfinite(fitted) & (fitted < by_weight), fitted, by_weight) - off
+    return torch.where(torch.isfinite(moment), best, torch.full_like(best, math.inf))
+
+
 def mean_radius(moment: Tensor, residual: Tensor, apart: Tensor, reach: Tensor, terms: int) -> Tensor:
     """What stands for every ||v_t - O_bar|| of a block in a mean over its tokens: R_b or R'_b   [section 3].
 
@@ -79,8 +121,7 @@ def mean_radius(moment: Tensor, residual: Tensor, apart: Tensor, reach: Tensor, 
         residual: eta_b times the mean step by the same weights; apart: `[..., rows, 1]`, at least ||o - O_bar||.
         reach: at least every ||v_t - O_bar||, and ||v_hat_t|| + ||o||; terms: tokens of a block and channels together.
     """
-    # The three sums of the moment cancel; each is off by no more than gamma of (||v_hat|| + ||o||)^2.
-    off = 1.01 * gamma(terms + 8) * reach.square() + 8 * TINY * terms * terms * (1 + reach)
+    off = moment_rounding(reach, terms)
     read = 2 * UNIT_ROUNDOFF * reach + TINY * terms  # the kernel's values are rounded to float32
     mean = (torch.sqrt(moment.clamp_min(0.0) + off) + read + residual + apart) * OUTWARD
     # Where a sum of the moment overflowed, whichever way, it says nothing.

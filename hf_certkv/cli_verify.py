@@ -20,6 +20,9 @@ Only = Annotated[
     list[str] | None, typer.Option("--only", help="A part to run; may be given several times. All parts, if it is left out.")
 ]
 SaveTo = Annotated[Path | None, typer.Option("--save-to", file_okay=False, help="A folder for the closest approaches found.")]
+KernelName = Annotated[
+    str, typer.Option("--kernel", help="What computes the calls: auto (what users get), reference, or cpu (only its sizes).")
+]
 Replay = Annotated[
     Path | None, typer.Option("--replay", dir_okay=False, help="Judge the case in this witness file, and nothing else.")
 ]
@@ -35,6 +38,7 @@ def verify(
     workers: Annotated[int, typer.Option(min=1, help="Processes for the random cases.")] = 1,
     head_steps: Annotated[int | None, typer.Option(min=1, help="Stop the random cases after so many head-steps.")] = None,
     save_to: SaveTo = None,
+    kernel: KernelName = "auto",
     replay: Replay = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -44,7 +48,7 @@ def verify(
         if replay is not None:
             if only or save_to is not None or json_file is not None or head_steps is not None:
                 fail("--replay judges one case and prints the result: leave --only, --save-to, --json and --head-steps out.")
-            _replay(replay, _resolve(device))
+            _replay(replay, _resolve(device), kernel)
             return
         from .verify.scorecard import verify as run
 
@@ -59,7 +63,7 @@ def verify(
                 status.update(f"{escape(name)} {share:4.0%}  {escape(text)}")
 
             chosen = None if save_to is None else save_to.expanduser()
-            card = run(minutes, _resolve(device), seed, tuple(only or ()), workers, head_steps, chosen, tell)
+            card = run(minutes, _resolve(device), seed, tuple(only or ()), workers, head_steps, chosen, kernel, tell)
         show(card)
         if json_file is not None:
             write_json(json_file, card.to_dict())
@@ -101,11 +105,13 @@ def show(card: Scorecard) -> None:
     out.print(Text(verdict, style="bold green" if card.passed else "bold red"))
 
 
-def _replay(path: Path, device: str) -> Any:
+def _replay(path: Path, device: str, kernel: str) -> Any:
+    from .verify.kernel import using
     from .verify.scorecard import usable_device
     from .verify.witness import replay
 
-    verdict = replay(path, usable_device(device))
+    with using(kernel):
+        verdict = replay(path, usable_device(device))
     out = console_for(stderr=False)
     for breach in verdict.breaches:
         out.print(Text(breach, style="bold red"))

@@ -1,12 +1,14 @@
 """The decode kernel for CPUs (extra `cpu`): pass and certificate of a step in one call, threads divided over the KV heads.
 
 Same sums and same bounds as `reference` and `bounds.total`, to which it is tested. One term is weaker: the mean of squared
-distances by squared weights is bounded by that by weights (`bounds.mean_radius`, `spread`), which saves a second product.
+distances by squared weights is bounded by what the other sums say of it (`bounds.square_moment_bound`): that saves a product.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,31 +17,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import bounds
+from .. import bounds, stages
 from ..bounds import Certificate
 from . import threads
 from .reference import Segments
 
 if TYPE_CHECKING:
+    from ..codecs import ValueCodec
     from ..decode import DecodeStep
     from ..layers import CertifiedLayer
     from ..store import Index
 
 LANES = 16
+ROWS = 4  # query rows of a tile, as in `micro`
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _scratch = threading.local()
 
 
 def supports(step: DecodeStep) -> bool:
-    """Whether numba is installed and the kernel has code for the layer's format: sizes that fill vectors of sixteen."""
+    """Whether numba is installed and the kernel has code for the layer's format and the call."""
     layer = step.layer
-    channels, width = layer.widths
-    codec = layer.value_codec
+    capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
+    wanted = step.config.kernel != "reference" and capped
+    if not (wanted and layer.device.type == "cpu" and fits(layer.value_codec, layer.widths) and installed()):
+        return False
+    return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
+
+
+def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
+    """Whether channels of keys and values, and groups of values, fill vectors of sixteen."""
+    channels, width = widths
     size = codec.group_size(width)
-    fits = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
-    grouped = size == width or size % LANES == 0
-    wanted = step.config.kernel != "reference"
-    return wanted and layer.device.type == "cpu" and fits and grouped and installed()
+    filled = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
+    return filled and (size == width or size % LANES == 0)
 
 
 @lru_cache(maxsize=1)
@@ -48,19 +58,54 @@ def installed() -> bool:
     return find_spec("numba") is not None
 
 
-def scratch(name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
-    """`count` numbers that this thread's last call may have used too, and where they begin. They are not cleared."""
-    held: dict[str, tuple[np.ndarray, int]] = _scratch.__dict__
-    found = held.get(name)
-    if found is None or len(found[0]) < count:
-        array = np.empty(count + count // 8, dtype)
-        found = held[name] = (array, array.ctypes.data)
-    return found[0][:count], found[1]
+class Scratch:
+    """Arrays that calls of a thread use one after the other: they grow, and are not cleared."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[np.ndarray, int]] = {}
+
+    def __call__(self, name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
+        """`count` numbers that an earlier call may have used too, and where they begin."""
+        found = self._held.get(name)
+        if found is None or len(found[0]) < count:
+            array = np.empty(count + count // 64, dtype)
+            found = self._held[name] = (array, array.ctypes.data)
+        return found[0][:count], found[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(array.nbytes for array, _ in self._held.values())
+
+
+def scratch_for(user: object) -> Scratch:
+    """This thread's arrays; new ones while an earlier user still lives, whose numbers they are."""
+    last = getattr(_scratch, "user", None)
+    if last is not None and last() is not None:
+        return Scratch()
+    _scratch.user = weakref.ref(user)
+    if not hasattr(_scratch, "arrays"):
+        _scratch.arrays = Scratch()
+    arrays: Scratch = _scratch.arrays
+    return arrays
 
 
 def scratch_bytes() -> int:
     """Bytes that this thread's calls hold between steps, for all layers and caches together."""
-    return sum(array.nbytes for array, _ in _scratch.__dict__.values())
+    return _scratch.arrays.nbytes if hasattr(_scratch, "arrays") else 0
+
+
+def padded(rows: int) -> int:
+    """Query rows of a KV head that a call computes for so many."""
+    return 1 if rows == 1 else -(-rows // ROWS) * ROWS
+
+
+def working_bytes(units: int, rows: int, blocks: int, channels: int, width: int) -> int:
+    """Bytes of scratch that a step needs: `units` KV heads of all batch rows, `rows` query rows of each."""
+    every = units * padded(rows)
+    segments, figures = every * (blocks + 1), 5 * units * rows * blocks
+    small = every * (12 * channels + 4) + units * (16 + 4 * blocks)
+    return segments * (36 + 4 * width) + 8 * figures + 8 * every * blocks + small
 
 
 class Stored(NamedTuple):
@@ -73,10 +118,13 @@ class Stored(NamedTuple):
     room: int
 
 
-def _stored(layer: CertifiedLayer) -> Stored:
+def _stored(layer: CertifiedLayer) -> Stored | None:
+    """Where blocks lie; None where the buffers have unlike room, as when memory was refused to some while others grew."""
     keys, values = layer.store.keys, layer.store.values
     data = [part[name].data for part in (keys, values) for name in ("codes", "scale", "offset", "numbers")]
     present = [part for part in data if part is not None]
+    if len({part.shape[2] for part in present}) != 1:
+        return None
     pointers = [part.data_ptr() for part in present]
     return Stored(
         (pointers[0], pointers[1], pointers[2], pointers[4], pointers[5], pointers[6]),
@@ -96,22 +144,26 @@ class FusedStep:
     def __init__(self, step: DecodeStep) -> None:
         from .cpu_certify import Claim
         from .cpu_pass import Task
-        from .micro import ROWS
 
         layer, config, call = step.layer, step.config, step.call
         batch, heads, used, width = step.shape
         channels, units, blocks = layer.widths[0], batch * heads, step.blocks
-        rows = 1 if used == 1 else -(-used // ROWS) * ROWS
+        rows = padded(used)
+        layer.working_bytes = working_bytes(units, used, blocks, channels, width)
         self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
         stored = layer.memo("cpu kernel", lambda: _stored(layer))
+        assert stored is not None, "asked for by `supports`"
         exact, codec = (step.exact_keys, step.exact_values), layer.value_codec
-        query = call.query.detach().reshape(batch, heads, used, channels).contiguous()
+        if exact[0].stride(1) * width != exact[1].stride(1) * channels:  # unlike room, as in `_stored`
+            exact = exact[0].contiguous(), exact[1].contiguous()
+        query = call.query.detach().reshape(batch, heads, used, channels).resolve_neg().contiguous()
         sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
         block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
-        self.result = torch.empty(step.shape, dtype=layer.dtype)
+        self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
         self.row_figures = np.empty((7, units * used))
         # Kept alive while their addresses are in use.
         self.inputs = (exact, query, sink, block_bias, exact_bias)
+        self.scratch = scratch = scratch_for(self)
         segments = units * rows * (blocks + 1)
         self.maximum, maximum = scratch("maximum", segments, np.float32)
         self.sums, sums = scratch("sums", segments * 8, np.float32)
@@ -186,6 +238,25 @@ class FusedStep:
             cpu_step.units(self.task, self.claim, self.query, 0, 0)  # once, and not in every thread
         task, claim, query = self.task, self.claim, self.query
         threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
+
+    def tell_stages(self) -> None:
+        """What pass and certificate take, by doing both again, and the parts of the certificate by themselves."""
+        from . import cpu_step
+
+        task, claim, query = self.task, self.claim, self.query
+
+        def seconds(share: Callable[[int, int], object]) -> float:
+            return min(stages.timed(lambda: threads.run(share, self.units))[0] for _ in range(3))
+
+        def repeat() -> None:
+            whole = seconds(lambda start, stop: cpu_step.units(task, claim, query, start, stop))
+            merged = seconds(lambda start, stop: cpu_step.merge_again(task, claim, start, stop))
+            certified = seconds(lambda start, stop: cpu_step.certify_again(task, claim, start, stop)) - merged
+            stages.add(stages.CERTIFICATE, certified)
+            stages.add(stages.PASS, whole - certified)
+            stages.add(stages.AROUND, -whole)
+
+        stages.add(stages.AROUND, -stages.timed(repeat)[0])
 
     def certify(self, key_level: Tensor, value_level: Tensor) -> None:
         """The certificate again, after blocks were raised to these levels: int64 `[B, H, N]`."""

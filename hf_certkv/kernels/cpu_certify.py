@@ -150,6 +150,22 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
 
 
 @part
+def merge(task: Task, claim: Claim, unit: int) -> None:
+    """Outputs of one unit's rows, without their bounds."""
+    width, segments, apart = task.width, task.blocks + 1, task.rows * task.width
+    factors, weights = np.empty(segments), np.empty(segments, np.float32)
+    output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
+    for row in range(task.used):
+        start, mine = (unit * task.rows + row) * segments, unit * task.used + row
+        maximum, sums = micro.float32s(task.maximum + 4 * start, segments), micro.float32s(task.sums + 32 * start, 8 * segments)
+        sink = micro.float32s(claim.sink, claim.units * task.used)[mine] if claim.sink != 0 else -np.float32(np.inf)
+        _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
+        first = unit * segments * apart + row * width
+        micro_combine.mix(task.output, first, apart, weights.ctypes.data, segments, output.ctypes.data, width)
+        _round(output, shown, claim.result, mine * width, task.dtype)
+
+
+@part
 def _numbers(task: Task, claim: Claim, unit: int, numbers: np.ndarray) -> None:
     """What is stored of a unit's blocks at their levels: a row of `numbers` each. Values at the originals have no error."""
     blocks = task.blocks
@@ -318,7 +334,7 @@ def _expm1(x: float) -> float:
 def _radii_of(
     sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int
 ) -> tuple[float, float]:
-    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moments`)."""
+    """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moment_bound`)."""
     total, square = np.float64(sums[at + TOTAL]), np.float64(sums[at + SQUARE])
     cube, fourth = np.float64(sums[at + CUBE]), np.float64(sums[at + FOURTH])
     over, over_square = most(total, TINY), most(square, TINY)
@@ -336,7 +352,9 @@ def _radii_of(
     # Squared weights as a multiple of the weights, and the rest by Cauchy-Schwarz.
     fit = cube / over_square
     apart = most(fourth - cube * fit, 0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
-    rest = 2 * math.sqrt(apart * size * squares * (1 + 4 * gamma(2 * terms))) * OUTWARD
+    # Squares of small numbers may have been flushed: tokens times channels of them.
+    lengths = squares * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
+    rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
     fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
     fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * more)
     held = fitted if fitted <= KNOWN and fitted < held else held
@@ -391,6 +409,9 @@ def _float16(x: float, halves: np.ndarray, place: int) -> float:
     if size >= 65520.0:
         halves[place] = sign | 0x7C00
         return math.inf
+    if size == 0:  # whose exponent is 0 by `frexp`
+        halves[place] = sign
+        return 0.0
     _, exponent = math.frexp(size)  # size = m * 2^exponent with 0.5 <= m < 1
     exponent = max(exponent, -13)
     unit = math.ldexp(1.0, exponent - 11)

@@ -1,4 +1,4 @@
-"""The innermost loops over segments: their outputs mixed into one, how far each points along it. As `micro`, by addresses."""
+"""The innermost loops over segments: their outputs mixed into one, and how far each points along it. By addresses."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .cases import Case, mask_of, tensors
 from .generate import Pick
+from .kernel import both
 
 GRID = 64.0  # keys and values that a constant is added to are multiples of 1/64, so that the sum is exact in every dtype
 
@@ -26,13 +27,12 @@ class Draw:
         block, batch, groups, new = pick((16, 16, 32)), pick((1, 2, 3)), pick((1, 2, 4)), pick((1, 3))
         tokens = pick(range(2, 5)) * block + max(new, pick(range(1, block + 1)))
         regime = pick(("normal", "drifting", "wild values"))
-        q, k, v = tensors(
-            regime, dtype, tokens, pick((8, 16, 19)), pick((8, 16, 19)), batch, new, pick(range(2**30)), 2, groups
-        )
+        channels, width = pick(both((8, 16, 19), (16, 32))), pick(both((8, 16, 19), (32, 64)))
+        q, k, v = tensors(regime, dtype, tokens, channels, width, batch, new, pick(range(2**30)), 2, groups)
         settings = {
             "block_size": block,
             "value_bits": pick((4, 8)),
-            "value_group": pick((None, 0, 4)),
+            "value_group": pick(both((None, 0, 4), (None, 0, 16))),
             "refine": pick(("device", "host", "off")),
             "rtol": 0.0 if fast else pick((0.02, 0.1, 0.3)),
             "atol": 1e6 if fast else 0.0,

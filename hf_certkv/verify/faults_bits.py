@@ -46,6 +46,8 @@ FORMATS = (
     Format(8, 64, "device", None, torch.float32, (4, 20)),
     Format(4, 64, "host", 0, torch.float16, (33, 16)),
     Format(8, 32, "off", 16, torch.float32, (20, 33)),
+    Format(4, 16, "device", 16, torch.float16, (16, 32)),  # these two fill the vectors of the CPU kernel
+    Format(8, 16, "off", 0, torch.float32, (32, 16)),
 )
 
 

@@ -77,8 +77,8 @@ def forward(model: LlamaForCausalLM, ids: Tensor) -> Act:
 def on_layer(tokens: int, positions: int, device: torch.device, seed: int, batch: int = 2) -> Act:
     """Update and attention of a single layer, without a model; `positions` 0: no attention."""
     generator = torch.Generator().manual_seed(seed)
-    keys, values = (torch.randn(batch, 2, tokens, 16, generator=generator).to(device) for _ in range(2))
-    query = torch.randn(batch, 4, max(1, positions), 16, generator=generator).to(device)
+    keys, values = (torch.randn(batch, 2, tokens, 32, generator=generator).to(device) for _ in range(2))
+    query = torch.randn(batch, 4, max(1, positions), 32, generator=generator).to(device)
 
     def act(cache: CertifiedQuantizedCache) -> list[Tensor]:
         held = cache.update(keys, values, 0)

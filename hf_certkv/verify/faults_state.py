@@ -30,7 +30,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "initializer_range": 0.2,
     "max_position_embeddings": 1024,
 }

@@ -36,7 +36,7 @@ Threads = tuple[int, ...]  # those that have taken their step, in order
 
 def _random(tokens: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     """Keys and values of some tokens."""
-    keys, values = (torch.randn(1, 2, tokens, 16, generator=generator).to(device) for _ in range(2))
+    keys, values = (torch.randn(1, 2, tokens, 32, generator=generator).to(device) for _ in range(2))
     return keys, values
 
 
@@ -49,7 +49,7 @@ class Caller:
         self.error: BaseException | None = None
         g = torch.Generator().manual_seed(seed)
         self.new = [_random(1, g, device) for _ in range(LAYERS)]
-        self.query = torch.randn(1, 4, 1, 16, generator=g).to(device)
+        self.query = torch.randn(1, 4, 1, 32, generator=g).to(device)
         self.held: Any = None
         self.calls = [call for layer in range(LAYERS) for call in (self._update(layer), self._attend)]
 

@@ -25,7 +25,7 @@ from .faults_state import differences, quiet, state_of
 from .parts import Clock, Part
 
 DENSE = (Rung.DENSE_HEAD, Rung.DENSE_LAYER)
-TOKENS, BLOCK = 100, 16
+TOKENS, BLOCK, CHANNELS = 100, 16, 32
 # Where a token may lie: in the sink block, in quantised ones, in the recent window, and the new one.
 TOKENS_AT = {"sink": 3, "first block": 17, "last block": 79, "tail": 97, "new": TOKENS - 1}
 BAD = (math.nan, math.inf, -math.inf)
@@ -50,8 +50,8 @@ class Poison:
 def healthy(seed: int, **settings: Any) -> Case:
     """Two batch rows, two KV heads, four query heads, a hundred tokens."""
     g = torch.Generator().manual_seed(seed)
-    query = torch.randn(2, 4, 1, 8, generator=g)
-    keys, values = (torch.randn(2, 2, TOKENS, 8, generator=g) for _ in range(2))
+    query = torch.randn(2, 4, 1, CHANNELS, generator=g)
+    keys, values = (torch.randn(2, 2, TOKENS, CHANNELS, generator=g) for _ in range(2))
     return Case(query, keys, values, settings={"sink_blocks": 1, "recent_window": 4, "dense_layer_share": 0.9, **settings})
 
 

@@ -16,7 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..codecs import ValueCodec
+from ..kernels import cpu
 from ..ladder import Rung
+from . import kernel
 from .cases import DENSE, Verdict, judge
 from .generate import Served, Story, random_story, seeded, walk
 from .parts import Clock, Part
@@ -79,6 +82,7 @@ def labels(story: Story, served: Served) -> dict[str, str]:
         "format": f"{values}, block {settings.block_size}",
         "value_group": "default" if settings.value_group is None else str(settings.value_group or "head"),
         "dtype": str(query.dtype).removeprefix("torch."),
+        "kernel": kernel_of(served),
         "policy": settings.policy,
         "scope": settings.scope,
         "regime": story.regime,
@@ -87,6 +91,15 @@ def labels(story: Story, served: Served) -> dict[str, str]:
         "positions": "packed" if story.packed else str(query.shape[2]),
         "call": "first" if served.number == 0 else "later",
     }
+
+
+def kernel_of(served: Served) -> str:
+    """What computed a call: the CPU kernel where it is wanted and takes the sizes."""
+    settings, softcap = served.config, served.case.softcap
+    codec = ValueCodec(settings.value_bits, settings.value_scale_channels, False)
+    fits = cpu.fits(codec, (served.case.keys.shape[-1], served.case.values.shape[-1])) and softcap != 0
+    wanted = kernel.chosen() != "reference" and settings.kernel != "reference" and cpu.installed()
+    return "cpu" if fits and wanted else "reference"
 
 
 def told(seed: int, index: int, device: torch.device) -> Tally:
@@ -115,7 +128,9 @@ def _count(tally: Tally, place: dict[str, Any], names: dict[str, str], served: S
         if part.any():
             shares = np.where(part, verdict.shares, -1.0)
             at = tuple(int(i) for i in np.unravel_index(int(shares.argmax()), shares.shape))
-            of = [("all", kind)] + [(f"{kind} {name}", names[name]) for name in ("format", "regime", "policy", "dtype")]
+            of = [("all", kind)] + [
+                (f"{kind} {name}", names[name]) for name in ("format", "regime", "policy", "dtype", "kernel")
+            ]
             for key in of:
                 tally.see(key, float(shares[at]), {**place, "batch_row": at[0], "query_head": at[1], "position": at[2]})
     words = [f"seed {place['seed']}, index {place['index']}, call {place['call']}: {breach}" for breach in verdict.breaches]
@@ -158,6 +173,7 @@ def figures(tally: Tally, seed: int, stories: int) -> dict[str, Any]:
         "dtype",
         "policy",
         "scope",
+        "kernel",
         "regime",
         "mask",
         "query_heads_per_kv_head",
@@ -178,8 +194,15 @@ def figures(tally: Tally, seed: int, stories: int) -> dict[str, Any]:
         "largest_share_by_regime": tally.largest_by("served regime"),
         "largest_share_by_policy": tally.largest_by("served policy"),
         "largest_share_by_dtype": tally.largest_by("served dtype"),
+        "largest_share_by_kernel": tally.largest_by("served kernel"),
         "largest_share_of_dense_by_dtype": tally.largest_by("dense dtype"),
     }
+
+
+def _begin(wanted: str) -> None:
+    """In a worker: one thread, and the kernel that is looked at."""
+    torch.set_num_threads(1)
+    kernel.start(wanted)
 
 
 def _chunk(seed: int, number: int, device: str) -> Tally:
@@ -198,7 +221,7 @@ def _chunks(seed: int, device: torch.device, workers: int) -> Iterator[Tally]:
             number += 1
     context = multiprocessing.get_context("spawn")
     # One thread each: they share the cores already, and sums are in the same order on any machine.
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(kernel.chosen(),)) as pool:
         waiting: deque[Future[Tally]] = deque()
         try:
             while True:

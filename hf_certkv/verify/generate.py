@@ -16,6 +16,7 @@ from torch import Tensor
 from ..certificate import StepRecord
 from ..config import CertKVConfig
 from .cases import BEYOND, BITS, MASKS, REGIMES, Case, call_on, mask_of, new_cache, tensors
+from .kernel import both
 
 Pick = Callable[[Sequence[Any]], Any]
 
@@ -141,6 +142,10 @@ def random_story(
     channels, width = pick((4, 8, 8, 16, 16, 20, 33)), pick((4, 8, 9, 16, 16, 20, 33))
     if pick(range(20)) == 0:
         channels, width = 64, 64
+    if pick(both((False,), (True, True))):  # sizes that fill the CPU kernel's vectors, and groups that do
+        eight = settings["value_bits"] == 8
+        channels, width = pick((16, 16, 32, 32, 48, 64)), pick((16, 32, 32, 48, 64) if eight else (32, 32, 64, 96))
+        settings["value_group"] = pick((None, 0, 16, 32))
 
     count = 6 if busy else pick((1, 1, 1, 1, 2, 3))
     news = [1 if packed else min(most_positions, pick(range(1, 5) if busy else POSITIONS)) for _ in range(count)]

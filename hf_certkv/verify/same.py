@@ -80,6 +80,7 @@ def serve(case: Case, device: torch.device, chunk: int | None = None, again: int
         step_of = DecodeStep(layer, call)
         step_of.first_pass()
         step_of.climb()
+        step_of.details()
     output = step_of.finish()
     cache.recorder.commit()
     record, made = cache.recorder.records[-1], step_of.certificate

@@ -14,7 +14,7 @@ import torch
 
 from ..environment import describe
 from ..errors import InputError
-from . import bit_flips, failures, fuzz, planted_bugs, relations, rounding, search
+from . import bit_flips, failures, fuzz, kernel, planted_bugs, relations, rounding, search
 from .parts import Clock, Part
 
 Run = Callable[[Clock, torch.device, int], Part]
@@ -45,7 +45,7 @@ NAMES = tuple(entry.name for entry in ENTRIES)
 class Scorecard:
     """What a run found.
 
-    Attributes: parts; minutes: the budget that was given; device; seed; seconds: what it took.
+    Attributes: parts; minutes: the budget that was given; device; seed; seconds: what it took; kernel: what was asked for.
     """
 
     parts: tuple[Part, ...]
@@ -53,6 +53,7 @@ class Scorecard:
     device: str
     seed: int
     seconds: float
+    kernel: str = "auto"
 
     @property
     def passed(self) -> bool:
@@ -67,6 +68,7 @@ class Scorecard:
             "minutes": self.minutes,
             "device": self.device,
             "seed": self.seed,
+            "kernel": self.kernel,
             "seconds": round(self.seconds, 1),
             "passed": self.passed,
             "parts": parts,
@@ -81,6 +83,7 @@ def verify(
     workers: int = 1,
     head_steps: int | None = None,
     save_to: Path | None = None,
+    kernel_name: str = "auto",
     tell: Callable[[str, float, str], None] | None = None,
 ) -> Scorecard:
     """Attack the certificate on this machine.
@@ -90,9 +93,10 @@ def verify(
         device: where the cache runs; the oracle runs on the CPU.
         seed: everything random follows from it and from how far the run gets; only: names of parts, all if empty.
         workers: processes for the random part; head_steps: where that part stops at the latest, however many minutes are left.
-        save_to: a folder for witness files; tell: called with a part's name, its progress from 0 to 1, and a short text.
+        save_to: a folder for witness files; kernel_name: what computes the calls (kernel.py); tell: called with a part's name, its
+            progress from 0 to 1, and a short text.
 
-    Raises: InputError: an unknown part, no such device, or a number out of range.
+    Raises: InputError: an unknown part, kernel or device, or a number out of range; MissingDependencyError: no numba for "cpu".
     """
     entries = _chosen(only)
     where = usable_device(device)
@@ -106,10 +110,11 @@ def verify(
     }
     total = sum(entry.weight for entry in entries)
     parts = []
-    for entry in entries:
-        clock = Clock(60 * minutes * entry.weight / total, None if tell is None else partial(tell, entry.name))
-        parts.append(_guarded(entry, clock, where, seed, extra.get(entry.name, {})))
-    return Scorecard(tuple(parts), minutes, str(where), seed, time.monotonic() - start)
+    with kernel.using(kernel_name):
+        for entry in entries:
+            clock = Clock(60 * minutes * entry.weight / total, None if tell is None else partial(tell, entry.name))
+            parts.append(_guarded(entry, clock, where, seed, extra.get(entry.name, {})))
+    return Scorecard(tuple(parts), minutes, str(where), seed, time.monotonic() - start, kernel_name)
 
 
 def _guarded(entry: Entry, clock: Clock, device: torch.device, seed: int, extra: dict[str, Any]) -> Part:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ladder import Rung
+from . import kernel
 from .cases import BITS, DENSE, Case, Verdict, judge
 from .cases import run as run_case
 from .parts import MOST_FAILURES, Clock, Part
@@ -146,6 +147,11 @@ class Found:
     family: str
 
 
+def shaped(case: Case) -> Case:
+    """The case in sizes of the kernel that is looked at."""
+    return kernel.widened(case) if kernel.chosen() == "cpu" else case
+
+
 class Search:
     """The state of one search. All cases have one position.
 
@@ -246,14 +252,21 @@ class Search:
     def plant(self) -> None:
         """Judge every planted worst case."""
         for name, build in PLANTED.items():
-            found = self.judged(build(), name)
+            found = self.judged(shaped(build()), name)
             if not found.verdict.breaches:
                 self.lanes[name] = found
+            if kernel.chosen() == "auto":
+                wide = self.judged(kernel.widened(build()), f"{name}, wide")
+                if not wide.verdict.breaches:
+                    self.lanes[wide.name] = wide
 
     def restart(self, clock: Clock) -> None:
         """A random start, an ascent, a few steps in bit space, and the edges of its budget."""
         self.restarts += 1
-        start = self.judged(drawn(self.generator), f"start {self.restarts}")
+        case = drawn(self.generator)
+        if kernel.chosen() == "auto" and self.restarts % 2:
+            case = kernel.widened(case)
+        start = self.judged(shaped(case), f"start {self.restarts}")
         found = self.judged(ascend(start.case, start.layout, self.generator), f"ascent {self.restarts}")
         if not found.verdict.breaches:
             self.edges(self.climb(found, 2, clock))

@@ -1,0 +1,180 @@
+"""What the CPU kernel ought to say: its sums in float64, and its certificate by bounds.py from its own sums."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_certkv import bounds
+from hf_certkv.attention import AttentionCall
+from hf_certkv.codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, TINY, VALUE_SPECTRAL, token_steps
+from hf_certkv.decode import DecodeStep
+from hf_certkv.kernels import reference
+from hf_certkv.precision import full_precision
+from hf_certkv.verify.cases import Case, fill, new_cache
+
+POWERS = (4, 5, 6, 7)  # of the eight sums: those of the weights, their squares, cubes and fourth powers
+
+
+def started(case: Case) -> DecodeStep:
+    """A step of a new cache after its first pass."""
+    cache = new_cache(case)
+    handles = fill(cache, case)
+    (layer,) = cache.certified_layers
+    call = AttentionCall(case.query, *handles, case.mask, scale=case.scale, softcap=case.softcap, sinks=case.sinks)
+    with full_precision("cpu"):
+        step = DecodeStep(layer, call)
+        step.first_pass()
+    return step
+
+
+def arrays(step: DecodeStep) -> dict[str, Tensor]:
+    """What the kernel has left behind: sums `[B, H, R, N + 1, 8]` and so on, float64; `output` as `[B, H, N + 1, R, W]`."""
+    fused: Any = step.fused
+    batch, heads, used, width = fused.shape
+    units, rows, blocks = fused.units, fused.rows, fused.blocks
+
+    def of(name: str, *shape: int) -> Tensor:
+        flat = fused.scratch(name, units * math.prod(shape), np.float32)[0]
+        return torch.from_numpy(flat.copy()).view(batch, heads, *shape).double()
+
+    return {
+        "maximum": of("maximum", rows, blocks + 1)[:, :, :used],
+        "sums": of("sums", rows, blocks + 1, 8)[:, :, :used],
+        "output": of("output", blocks + 1, rows, width)[:, :, :, :used],
+        "squares": of("squares", blocks).unsqueeze(2),
+        "l1": of("l1", rows, blocks)[:, :, :used],
+        "l2": of("l2", rows, blocks)[:, :, :used],
+        "key_norm": torch.from_numpy(fused.scratch("key_norm", units, np.float64)[0].copy()).view(batch, heads, 1),
+        "value_norm": torch.from_numpy(fused.scratch("value_norm", units, np.float64)[0].copy()).view(batch, heads, 1),
+        "top": of("top", rows)[:, :, :used].unsqueeze(-1),
+    }
+
+
+def read_values(step: DecodeStep) -> tuple[Tensor, Tensor]:
+    """Keys and values of every block at its base level, as the reference reads them: float32 `[B, H, N, block, ...]`."""
+    (keys, values), layer = step.encoded, step.layer
+    read = layer.value_codec.decode(values.codes, None, values.scale, values.offset, step.shape[3])
+    return layer.key_codec.decode(keys.codes, None, keys.scale, keys.offset), read
+
+
+def float64_sums(step: DecodeStep, maximum: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight sums of every segment and the values by weights, of scores in float64 less the kernel's own maxima."""
+    block_keys, block_values = read_values(step)
+    segments = [
+        (block_keys[:, :, i], block_values[:, :, i], token_steps(step.encoded[1].scale[:, :, i])) for i in range(step.blocks)
+    ]
+    segments.append((step.exact_keys, step.exact_values, torch.zeros(step.exact_keys.shape[:3])))
+    sums, outputs = [], []
+    for i, (keys, values, steps) in enumerate(segments):
+        scores = (step.query.double() * step.call.scaling) @ keys.double().mT
+        if step.call.softcap is not None:
+            scores = torch.tanh(scores / step.call.softcap) * step.call.softcap
+        bias = step.exact_bias if i == step.blocks else step.block_bias[..., i, :] if step.block_bias is not None else None
+        if bias is not None:
+            scores = scores + bias.double()
+        base = maximum[..., i].where(maximum[..., i] > -math.inf, 0.0)
+        w, sigma, norms = torch.exp(scores - base.unsqueeze(-1)), steps.double().unsqueeze(2), values.double().square().sum(-1)
+        n, zero = norms.unsqueeze(2), torch.zeros(())
+        if i == step.blocks:  # of the exact tokens nobody asks these
+            sigma, n = sigma * zero, n * zero
+        parts = [w * sigma, (w * sigma) ** 2, w * n, w * w * n, w, w**2, w**3, w**4]
+        sums.append(torch.stack([part.sum(-1) for part in parts], dim=-1))
+        outputs.append(w @ values.double())
+    return torch.stack(sums, dim=3), torch.stack(outputs, dim=2)
+
+
+def returned(step: DecodeStep, made: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The float32 output before it is rounded, each segment's factor over the normaliser, masses, and the sink's share."""
+    maximum, total = made["maximum"].numpy(), made["sums"][..., 4].numpy()
+    sink = None if step.sink_logit is None else step.sink_logit.expand(step.shape[:3]).double().numpy()
+    output = torch.zeros(step.shape)
+    factors, shares = np.zeros(maximum.shape), np.zeros(step.shape[:3])
+    for at in np.ndindex(*step.shape[:3]):
+        top = float(max(*maximum[at], -math.inf if sink is None else sink[at]))
+        factor = np.array([math.exp(m - top) if m > -math.inf else 0.0 for m in maximum[at].tolist()])
+        lifted = 0.0 if sink is None else math.exp(sink[at] - top)
+        normaliser = sum((factor * total[at]).tolist()) + lifted
+        factors[at], shares[at] = factor / normaliser, lifted / normaliser
+        for i, share in enumerate(np.float32(factors[at])):
+            output[at] += share.item() * made["output"][at[0], at[1], i, at[2]].float()
+    factor = torch.from_numpy(factors)
+    return output, factor, factor * made["sums"][..., 4], torch.from_numpy(shares)
+
+
+def by_bounds(step: DecodeStep) -> bounds.Certificate:
+    """The certificate that bounds.py makes of the kernel's sums, with the bound of the second mean that the kernel has."""
+    made, layer, call = arrays(step), step.layer, step.call
+    # The largest norms are rounded up more than the reference's are: `test_largest_norms` looks at them.
+    step.__dict__.update(key_norm=made["key_norm"], value_radius=made["value_norm"])
+    output, factor, mass, sink = returned(step, made)
+    norm = torch.linalg.vector_norm(output.to(layer.dtype).double(), dim=-1)
+    sums, block = made["sums"][..., :-1, :], (..., slice(None, -1))
+    total, square, cube, fourth = (sums[..., i] for i in POWERS)
+    over, over_square = total.clamp_min(TINY), square.clamp_min(TINY)
+    channels = layer.widths[0]
+    up, root, hidden = 1 + (channels + 8) * 2.0**-23, channels**0.5, 2 * TINY * 65504.0 * (1 + made["top"])
+    l1 = (made["l1"] + channels * TINY) * up * made["top"] + channels * hidden
+    l2 = (made["l2"].sqrt() + root * 2.0**-60) * up * made["top"] + root * hidden
+    level, shifts = step.key_level.unsqueeze(2), []
+    for at in range(layer.key_codec.levels):
+        numbers = step.key_numbers[..., 3 * at : 3 * at + 3].unsqueeze(2)
+        shift = bounds.score_shift(call.scaling, numbers[..., KAPPA], l1, numbers[..., EPSILON], l2)
+        shifts.append((shift, bounds.score_shift_l2(call.scaling, numbers[..., KEY_SPECTRAL], l2)))
+    shift, shift_l2 = (torch.where(level == 1, a, b) for a, b in zip(shifts[-1], shifts[0], strict=True))
+    inner = dots_of(output, made["output"][:, :, :-1])
+    # One after the other, as the kernel adds: the moment is what is left of much larger numbers.
+    size = torch.from_numpy(np.cumsum(output.double().square().numpy(), axis=-1)[..., -1:])
+    moment = (sums[..., 2] - 2 * inner + size * total) / over
+    terms = layer.block + step.shape[3]
+
+    def certificate(square_moment: Tensor) -> bounds.Certificate:
+        return bounds.total(
+            made["maximum"][block] > -math.inf,
+            mass[block],
+            factor[block] * square.sqrt(),
+            mass[..., -1] + sink,
+            shift,
+            shift_l2,
+            level < 2,
+            step._value_number(ETA),
+            step._value_number(VALUE_SPECTRAL),
+            sums[..., 0] / over,
+            (sums[..., 1] / over_square).sqrt(),
+            moment,
+            square_moment,
+            step.value_numbers[..., -1].unsqueeze(2),
+            step.value_radius,
+            norm,
+            step.slack,
+            step.rounding,
+            bounds.output_rounding(norm, step.shape[3], layer.dtype),
+            step.chain,
+            terms,
+        )
+
+    first = certificate(torch.full_like(moment, math.inf))
+    reach = step.value_numbers[..., -1].unsqueeze(2) + (norm + first.value_total + first.fixed).unsqueeze(-1)
+    powers = (total, square, cube, fourth)
+    return certificate(bounds.square_moment_bound(moment, powers, sums[..., 3], inner, size, made["squares"], reach, terms))
+
+
+def dots_of(output: Tensor, added: Tensor) -> Tensor:
+    """The kernel's own float32 dot products of the output `[B, H, R, W]` with what blocks add `[B, H, N, R, W]`."""
+    from hf_certkv.verify.cpu_arithmetic import dot
+
+    found = torch.zeros(*output.shape[:3], added.shape[2], dtype=torch.float64)
+    for b, h, r, n in np.ndindex(*found.shape):
+        x, y = output[b, h, r].contiguous(), added[b, h, n, r].float().contiguous()
+        found[b, h, r, n] = dot(x.numpy(), y.numpy())
+    return found
+
+
+def of_the_reference(step: DecodeStep) -> reference.Segments:
+    """The same pass by the reference."""
+    given = (step.scaled, *step.encoded, step.exact_keys, step.exact_values, step.block_bias, step.exact_bias)
+    return reference.decode_pass(*given, step.layer.key_codec, step.layer.value_codec, step.call.softcap)
