@@ -72,11 +72,11 @@ def main(
     rounds: Annotated[int, typer.Option(help="samples of each")] = 15,
 ) -> None:
     """Measure and save `benchmarks/results/bandwidth.json`."""
+    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     rows: list[dict[str, Any]] = []
     for size in sizes.split(","):
         for count in threads_.split(","):
             rows += measure(int(size), int(count), rounds)
-    load = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     save("bandwidth", {"caches": caches(), "load": load, "rows": rows})
 
 

@@ -22,6 +22,12 @@ FAST = "fast path K8 V4"
 Result = dict[str, Any]
 
 
+def _from(found: Result) -> str:
+    """Where it was measured, with all numbers of threads."""
+    threads = sorted({row["threads"] for row in found["rows"]})
+    return provenance({"machine": {**found["machine"], "threads": " and ".join(str(one) for one in threads)}})
+
+
 def bytes_table() -> str:
     """Bytes for a token and KV head."""
     eight, scratch = costs.coded_bytes(8), costs.scratch_bytes()
@@ -51,7 +57,7 @@ def bandwidth_table(found: Result) -> str:
     caches = ", ".join(f"{name} {size}" for name, size in found["caches"].items()) or "not told by the system"
     words = f"Caches: {caches}. Load average before: {found['load'][0]:.1f}." if found["load"] else f"Caches: {caches}."
     header = ("array", "threads", "way", "GB/s read, median", "best")
-    return "\n\n".join([table(header, rows), words, provenance(found)])
+    return "\n\n".join([table(header, rows), words, _from(found)])
 
 
 def _rate(row: Result, key: str) -> str:
@@ -83,7 +89,7 @@ def candidates_table(found: Result) -> str:
         f"{found['query_heads']} query heads, {found['kv_heads']} KV heads of {found['channels']} channels. "
         + (f"Load averages before: {loads}." if loads else "")
     )
-    return "\n\n".join([table(header, rows), words.strip(), provenance(found)])
+    return "\n\n".join([table(header, rows), words.strip(), _from(found)])
 
 
 def _places(found: Result) -> list[tuple[int, int]]:
