@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from benchmarks import speed
+from benchmarks import performance_tables, speed
+from benchmarks.tables import load
 from hf_certkv import CertifiedQuantizedCache, CertKVConfig, InputError
 from hf_certkv.bench import attention_op, memory, run, stages, statistics, systems
 from hf_certkv.bench.harness import MOST_CALLS, Timer
@@ -335,6 +336,20 @@ def test_tables_plots_and_the_readme_come_from_the_result(result: dict[str, Any]
     text = readme.read_text()
     assert "old" not in text and speed_block(measured) in text and text.endswith("after\n")
     assert "pictures/decode.svg" in (tmp_path / "page.md").read_text() and (tmp_path / "pictures" / "decode.svg").exists()
+
+
+def test_the_cost_model_is_filled_from_results(result: dict[str, Any], tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text(performance_tables.DOCUMENT.read_text())
+    measured = json.loads(json.dumps(result))
+    missing = performance_tables.write(page, lambda name: None if name == "bench" else load(name))
+    assert [line.split(":")[0] for line in missing] == ["block growth", "block tolerance", "block prefill"]
+    assert performance_tables.write(page, lambda name: measured if name == "bench" else load(name)) == []
+    text = page.read_text()
+    for name in performance_tables.BLOCKS:
+        part = text.split(f"<!-- {name} -->\n")[1].split(f"<!-- /{name} -->")[0]
+        assert part.startswith("| ") and part.count("\n") >= 3, name
+    assert performance_tables.tolerance_table(measured) in text
 
 
 def test_a_plot_without_data_is_not_drawn(result: dict[str, Any], tmp_path: Path) -> None:

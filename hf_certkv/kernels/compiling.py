@@ -59,13 +59,21 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def part(function: Callable[..., Any], **options: Any) -> Any:
-    """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through."""
+    """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through.
+
+    Its sums are in the order written, whoever calls it: unless told, numba would take over `fastmath` from a caller.
+    """
     import numba
 
-    inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options}
+    inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": False, **options}
     return numba.njit(nogil=True, error_model="numpy", **inner)(function)
 
 
 def swift(function: Callable[..., Any]) -> Any:
     """As `part`; sums may be taken in any order, so that they can be vectorised. NaN and infinities stay as they are."""
     return part(function, fastmath={"reassoc", "nsz"})
+
+
+def unrolled(function: Callable[..., Any]) -> Any:
+    """As `part`, written out where it is called: a loop that calls anything is not vectorised."""
+    return part(function, forceinline=True)

@@ -14,7 +14,7 @@ import numpy as np
 from .. import bounds
 from ..codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
 from . import micro, micro_combine
-from .compiling import part, swift
+from .compiling import part, swift, unrolled
 from .cpu_pass import BFLOAT16, FLOAT32, Task
 from .reference import RESCALINGS
 
@@ -23,12 +23,12 @@ STEP_FLOOR, EXP_ERROR, TANH_ERROR = bounds.STEP_FLOOR, bounds.EXP_ERROR, bounds.
 OVERFLOW, SPAN = bounds.OVERFLOW, bounds.SCORE_SPAN
 DOWN = 1 - 2.0**-30  # as in `ladder.head_budget`
 LARGEST_SCALE = 65504.0
+KNOWN = 1e300  # a moment beyond is taken for infinite; comparing with infinity itself would keep loops from being vectorised
 # A segment's eight sums, as in `Task.sums`.
 STEPS, SQUARE_STEPS, NORMS, SQUARE_NORMS, TOTAL, SQUARE, CUBE, FOURTH = range(8)
 # What is stored of a block, as `_numbers` puts it side by side.
 NUMBERS = 8
 BLOCK_RADIUS, APPROXIMATE, KEY_KAPPA, KEY_EPSILON, KEY_SIGMA, VALUE_ETA, VALUE_SIGMA, VALUE_MEAN = range(NUMBERS)
-SERIES = tuple(1 / k for k in range(16, 1, -1))
 
 
 class Claim(NamedTuple):
@@ -315,7 +315,7 @@ def _keys(
     return total if total <= cap else cap
 
 
-@part
+@unrolled
 def _expm1(x: float) -> float:
     """exp(x) - 1 for x >= 0, relative error below 2^-48; infinite from 700 on; NaN stays NaN.
 
@@ -324,15 +324,13 @@ def _expm1(x: float) -> float:
     n = np.rint(least(x, 700.0) * 1.4426950408889634)
     n = n if n == n else 0.0
     r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
-    p = 1.0
-    for k in SERIES:
-        p = 1.0 + p * r * k
+    p = micro_combine.series(r)
     power = micro_combine.power_of_two(n)
     grown = power * (r * p) + (power - 1.0)
     return math.inf if x > 700.0 else grown
 
 
-@part
+@unrolled
 def _radii_of(
     sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int
 ) -> tuple[float, float]:
@@ -343,7 +341,7 @@ def _radii_of(
     off = 1.01 * gamma(terms + 8) * reach * reach + 8 * TINY * terms * terms * (1 + reach)
     read = 2 * UNIT * reach + TINY * terms
     moment = (np.float64(sums[at + NORMS]) - 2 * inner + size * total) / over
-    known = abs(moment) < math.inf
+    known = abs(moment) <= KNOWN
     mean_step = np.float64(sums[at + STEPS]) / over + STEP_FLOOR
     first = (math.sqrt(most(moment, 0.0) + off) + read + eta * mean_step + away) * OUTWARD
     near = first if known and first < reach else reach
@@ -359,7 +357,7 @@ def _radii_of(
     rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
     fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
     fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * more)
-    held = fitted if abs(fitted) < math.inf and fitted < held else held
+    held = fitted if fitted <= KNOWN and fitted < held else held
     second = (math.sqrt(held) + around) * OUTWARD
     square_near = second if known and second < reach else reach
     return near, square_near
