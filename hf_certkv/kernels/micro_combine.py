@@ -1,4 +1,4 @@
-"""More innermost loops: over segments, their outputs mixed and met; over codes, read onto their grid. By addresses, as `micro`."""
+"""More innermost loops, by addresses: over segments, their outputs mixed and met; over codes, read onto their grid."""
 
 from __future__ import annotations
 
