@@ -238,7 +238,8 @@ class CertifiedQuantizedCache(StepJournal, Cache):
                 sizes = {"exact_layers": size}
             for name, size in sizes.items():
                 parts[name] = parts.get(name, 0) + size
-        return MemoryReport(parts, dense)
+        working = max((layer.working_bytes for layer in self.certified_layers), default=0)
+        return MemoryReport(parts, dense, working)
 
     def _exact_layers(self) -> dict[int, str]:
         """Layers that keep transformers' own storage, and their type."""

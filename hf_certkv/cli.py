@@ -274,13 +274,13 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     dense = next(iter(rows.values())).dense
     kind = str(chosen).removeprefix("torch.")
     table = Table(title=f"{name}: {context:,} tokens x {batch} row(s), {kind}, blocks of {settings.block_size}")
-    for column in ("cache", "device", "of dense", "host", "device bytes a token"):
+    for column in ("cache", "device", "of dense", "host", "device bytes a token", "a step works in"):
         table.add_column(column, justify="left" if column == "cache" else "right")
-    table.add_row("dense (DynamicCache)", human_bytes(dense), "100.0%", "-", f"{dense / context / batch:,.0f}")
+    table.add_row("dense (DynamicCache)", human_bytes(dense), "100.0%", "-", f"{dense / context / batch:,.0f}", "-")
     table.add_section()
     for label, memory in rows.items():
         share, token = f"{memory.ratio:.1%}", f"{memory.device / context / batch:,.0f}"
-        table.add_row(label, human_bytes(memory.device), share, human_bytes(memory.host), token)
+        table.add_row(label, human_bytes(memory.device), share, human_bytes(memory.host), token, human_bytes(memory.working))
     console_for(stderr=False).print(table)
     uncounted = uncounted_layers(config)
     if uncounted:

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import bounds, ladder
+from . import bounds, ladder, stages
 from .attention import AttentionCall
 from .audit import audit_step
 from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL, token_steps
@@ -38,6 +38,14 @@ def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     Raises: CorruptedPageError: originals were needed and cannot be trusted; CertificateViolation: audit found a bug;
         FaultyMemoryError: quantised blocks are damaged again and again.
     """
+    if stages.asked():
+        whole, output = stages.timed(lambda: _repeat(layer, call))
+        stages.add(stages.AROUND, whole)  # the other stages have been taken off it
+        return output
+    return _repeat(layer, call)
+
+
+def _repeat(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     for _ in range(MOST_REPAIRS):
         try:
             return _attempt(layer, call)
@@ -90,6 +98,8 @@ class DecodeStep(StepInputs):
         if cpu.supports(self):
             self.fused = cpu.FusedStep(self)
             self.fused.run()
+            if stages.asked():
+                self.fused.tell_stages()
             self._take(self.fused)
             self.candidate = self.bound
             if hot is None:
@@ -369,7 +379,10 @@ class DecodeStep(StepInputs):
             self._close_bounds()
         error = audit_step(self) if self.config.audit else torch.full_like(self.bound, math.nan)
         self._keep_hot()
-        self.layer.cache.recorder.add(step_record(self, error))
+        recorded, _ = stages.timed(lambda: self.layer.cache.recorder.add(step_record(self, error)))
+        if stages.asked():
+            stages.add(stages.RECORD, recorded)
+            stages.add(stages.AROUND, -recorded)
         return output
 
     def _close_bounds(self) -> None:

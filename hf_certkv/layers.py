@@ -64,6 +64,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.hot = HotSlots(self.config.hot_blocks)
         self.wanted: tuple[Tensor, Tensor, Tensor] | None = None
         self.shadow: ShadowPages | None = None
+        self.working_bytes = 0  # scratch that the last certified step used, for all layers the same
         self.epoch += 1
 
     @property

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache import CertifiedQuantizedCache, storage_bytes
 from .config import CertKVConfig
 from .errors import InputError, UnsupportedModelError
+from .kernels import cpu
 from .layers import CertifiedLayer
 from .report import MemoryReport
 from .shadow import ShadowPages
@@ -47,7 +48,7 @@ def plan_memory(config: PreTrainedConfig, context: int, batch: int, dtype: torch
             f"context={context}, batch={batch}: expected at least one token and one row, and at most 2^40 tokens in all."
         )
     parts: dict[str, int] = {}
-    dense = counted = 0
+    dense = counted = working = 0
     uncounted = uncounted_layers(config)
     for index, layer in enumerate(_layers(config, settings)):
         if index in uncounted:
@@ -57,6 +58,7 @@ def plan_memory(config: PreTrainedConfig, context: int, batch: int, dtype: torch
             layer.dtype = dtype
             sizes = _certified(layer, context, batch, heads, widths)
             dense += batch * heads * context * sum(widths) * dtype.itemsize
+            working = max(working, _working(layer, config, index, context, batch, heads, widths))
         else:
             sizes = {"exact_layers": _exact(layer, context, batch, heads, widths, dtype)}
             dense += sizes["exact_layers"]
@@ -67,7 +69,7 @@ def plan_memory(config: PreTrainedConfig, context: int, batch: int, dtype: torch
         raise UnsupportedModelError(
             f"{type(config).__name__} does not say what its layers' caches hold; fill a cache and ask `cache.memory()`."
         )
-    return MemoryReport(parts, dense)
+    return MemoryReport(parts, dense, working)
 
 
 def uncounted_layers(config: PreTrainedConfig) -> dict[int, str]:
@@ -90,14 +92,11 @@ def layer_sizes(config: PreTrainedConfig, index: int) -> tuple[int, tuple[int, i
 
     Raises: UnsupportedModelError: the config does not say.
     """
-    text = config.get_text_config(decoder=True)
-    per_layer = getattr(text, "per_layer_config", None)
-    layer: Any = text if per_layer is None else per_layer[index]
-    query_heads = getattr(layer, "num_attention_heads", None)
-    heads = getattr(layer, "num_key_value_heads", None) or query_heads
+    layer, found = _layer_config(config, index), query_heads(config, index)
+    heads = getattr(layer, "num_key_value_heads", None) or found
     width = getattr(layer, "head_dim", None)
-    if width is None and isinstance(query_heads, int):
-        width = layer.hidden_size // query_heads
+    if width is None and isinstance(found, int):
+        width = layer.hidden_size // found
     value_width = getattr(layer, "v_head_dim", None) or width
     sizes = [size for size in (heads, width, value_width) if isinstance(size, int) and size > 0]
     if len(sizes) < 3:
@@ -106,6 +105,18 @@ def layer_sizes(config: PreTrainedConfig, index: int) -> tuple[int, tuple[int, i
             f"(num_key_value_heads={heads!r}, head_dim={width!r}); fill a cache and ask `cache.memory()`."
         )
     return sizes[0], (sizes[1], sizes[2])
+
+
+def query_heads(config: PreTrainedConfig, index: int) -> int | None:
+    """Query heads of a layer; None where the config does not say."""
+    found = getattr(_layer_config(config, index), "num_attention_heads", None)
+    return found if isinstance(found, int) else None
+
+
+def _layer_config(config: PreTrainedConfig, index: int) -> Any:
+    text = config.get_text_config(decoder=True)
+    per_layer = getattr(text, "per_layer_config", None)
+    return text if per_layer is None else per_layer[index]
 
 
 def _layers(config: PreTrainedConfig, settings: CertKVConfig) -> list[Any]:
@@ -149,6 +160,22 @@ def _certified(layer: CertifiedLayer, context: int, batch: int, heads: int, widt
         "hot": hot,
         "host_originals": slabs * (pages.slab_bytes + checksums),
     }
+
+
+def _working(
+    layer: CertifiedLayer,
+    config: PreTrainedConfig,
+    index: int,
+    context: int,
+    batch: int,
+    heads: int,
+    widths: tuple[int, int],
+) -> int:
+    """Bytes that the CPU kernel works in for one new token; 0 where plain torch computes, in what it frees again."""
+    rows = (query_heads(config, index) or heads) // heads
+    fits = cpu.fits(layer.value_codec, widths) and cpu.installed() and layer.config.kernel != "reference"
+    blocks = layer.finished_blocks(context)
+    return cpu.working_bytes(batch * heads, rows, blocks, *widths) if fits and blocks else 0
 
 
 def _nibbles(channels: int) -> int:

@@ -44,10 +44,15 @@ def _plain_text(renderable: RenderableType) -> str:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes as allocated. `parts` by name, those that begin with `host_` in host memory; `dense`: a dense cache's bytes."""
+    """Bytes as allocated. `parts` by name, those that begin with `host_` in host memory.
+
+    `dense`: a dense cache's bytes. `working`: what a certified step of one token works in besides, on the device: once for all
+    layers, and no part of the cache.
+    """
 
     parts: dict[str, int]
     dense: int
+    working: int = 0
 
     @property
     def device(self) -> int:
@@ -71,6 +76,7 @@ class MemoryReport:
             "host_bytes": self.host,
             "dense_bytes": self.dense,
             "device_over_dense": self.ratio,
+            "working_bytes": self.working,
             "parts": dict(self.parts),
         }
 
@@ -87,6 +93,8 @@ class MemoryReport:
         table.add_row("total", human_bytes(self.device), human_bytes(self.host))
         table.add_row("dense cache", human_bytes(self.dense), "")
         table.add_row("ratio", f"{self.ratio:.3f}", "")
+        if self.working:
+            table.add_row("a step works in", human_bytes(self.working), "")
         return table
 
     def __str__(self) -> str:

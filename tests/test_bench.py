@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
@@ -198,12 +199,16 @@ def test_too_little_memory_means_groups_and_then_nothing(monkeypatch: pytest.Mon
     assert memory.groups(found, dense, 2.0, CPU) == [found] and memory.too_large(2**60, CPU) is None
 
 
-def test_certificate_share_is_read_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert stages.certificate_share(None) is None
-    assert stages.certificate_share({"pass": 3.0, "bounds": 0.5, "record": 0.5}) == 0.25
-    assert stages.certificate_share({"bounds": 1.0}) is None
-    monkeypatch.delattr(stages.decode, "stage_times", raising=False)
-    assert stages.stage_seconds(lambda: None) is None
+def test_the_certificates_share_is_of_a_whole_call() -> None:
+    assert stages.certificate_share(dict.fromkeys(("pass", "certificate", "record", "around"), 0.0)) is None
+    assert stages.certificate_share({"pass": 2.5, "certificate": 0.5, "record": 0.5, "around": 0.5}) == 0.25
+    trace = make_trace("diffuse", 1024, heads=2, query_heads=4, channels=64)
+    cache = CertifiedQuantizedCache(model_config(64, 1), rtol=1e6)
+    cache.update(trace.keys[..., :-1, :], trace.values[..., :-1, :], 0)
+    keys, values = cache.update(trace.keys[..., -1:, :], trace.values[..., -1:, :], 0)
+    seconds = stages.stage_seconds(lambda: scaled_dot_product_attention(trace.query, keys, values, enable_gqa=True), calls=2)
+    assert list(seconds) == ["pass", "certificate", "record", "around"]
+    assert seconds["pass"] > 0 and seconds["record"] > 0
 
 
 def test_the_error_judged_is_of_the_call_whose_bound_is_read() -> None:

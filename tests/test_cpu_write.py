@@ -251,23 +251,22 @@ def test_stores_hold_the_same(refine: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(before[0], fast.keys["checksum"].view) and torch.equal(before[1], fast.values["checksum"].view)
 
 
-def test_a_block_does_not_depend_on_its_neighbours_or_on_threads() -> None:
+def test_a_block_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 3, 7, 32, 48)
     made = []
     for count in (1, 2, 5):
-        torch.set_num_threads(count)
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         made.append(compiled(x, KeyCodec(True))[0])
-    torch.set_num_threads(1)
     single = [compiled(x[:, :, n : n + 1], KeyCodec(True))[0] for n in range(7)]
     for name in ("codes", "plane", "scale", "offset", "numbers"):
         joined = torch.cat([part[name] for part in single], dim=2)
         assert all(torch.equal(joined, other[name]) for other in made), name
 
 
-def test_two_threads_at_once() -> None:
+def test_two_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = [torch.randn(1, 2, 4, 32, 64) for _ in range(4)]
     expected = [compiled(part, ValueCodec(4, 32, True))[0]["numbers"] for part in x]
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found: list[bool] = []
 
     def work(place: int) -> None:
@@ -279,15 +278,14 @@ def test_two_threads_at_once() -> None:
         caller.start()
     for caller in callers:
         caller.join()
-    torch.set_num_threads(1)
     assert len(found) == 80 and all(found)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_after_a_fork() -> None:
+def test_after_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 2, 4, 32, 64)
-    torch.set_num_threads(2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # torch's own threads do not survive a fork
     expected = compiled(x, KeyCodec(True))[0]["numbers"]
     child = os.fork()
     if child == 0:
@@ -341,6 +339,12 @@ def test_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(numba, "njit", refusing)
     assert compiling.kernel()(lambda x: x + 1)(1) == 2
+
+
+def test_what_is_on_disk_belongs_to_these_sources() -> None:
+    """A kernel's name in the cache has a digest of all kernels and of the codecs in it."""
+    assert cpu_write._write.py_func.__qualname__.endswith(compiling.version())
+    assert compiling.version() in cpu_write._write._cache._cache_file._index_name
 
 
 def test_imported_only_when_it_is_needed() -> None:

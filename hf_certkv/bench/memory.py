@@ -25,10 +25,10 @@ SUBPROCESS_SECONDS = 1800
 
 
 def counted(cache: Any) -> dict[str, int]:
-    """Device and host bytes that a cache's tensors keep alive: whole storages, each counted once."""
+    """Device and host bytes that a cache's tensors keep alive, whole storages, each counted once; and what ours works in."""
     if isinstance(cache, CertifiedQuantizedCache):
         memory = cache.memory()
-        return {"device_bytes": memory.device, "host_bytes": memory.host}
+        return {"device_bytes": memory.device + memory.working, "host_bytes": memory.host}
     return {"device_bytes": tensor_bytes([vars(layer) for layer in cache.layers]), "host_bytes": 0}
 
 
@@ -105,11 +105,11 @@ def groups(systems: list[System], dense: int, fixed: float, device: torch.device
 
 
 def predicted(system: System, context: int, head_dim: int, batch: int, layers: int) -> dict[str, int] | None:
-    """What `certkv plan` says of this package's caches; None of the others."""
+    """What `certkv plan` says of this package's caches, and of what a step works in; None of the others."""
     if system.kind != OURS:
         return None
     plan = plan_memory(model_config(head_dim, layers), context, batch, DTYPE, CertKVConfig.from_dict(dict(system.settings)))
-    return {"device_bytes": plan.device, "host_bytes": plan.host}
+    return {"device_bytes": plan.device + plan.working, "host_bytes": plan.host}
 
 
 def resident(system: System, context: int, head_dim: int, batch: int, layers: int, options: BenchOptions) -> dict[str, Any]:

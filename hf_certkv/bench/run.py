@@ -55,7 +55,7 @@ class Run:
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "machine": describe(),
-            "kernel": kernel_name(),
+            "kernel": kernel_name(self.device),
             "options": options.to_dict(),
             "model": {"hidden": HIDDEN, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "layers": options.layers},
             "systems": [system.describe(reasons[system.name]) for system in found],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +30,42 @@ def is_kept(function: Any) -> bool:
         return False
 
 
-@lru_cache(maxsize=1)
-def _sources() -> tuple[float, int]:
-    """What stands for the sources of all kernels, as numba stamps what it keeps: a change in any of them makes all new.
-
-    numba looks at the file of a function only, and would go on with the old code of what that function calls.
-    """
+@cache
+def version() -> str:
+    """A digest of all sources that a kernel may be made of: other kernels that it calls, constants that it takes over."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in (*sorted(here.glob("*.py")), here.parent / "bounds.py", here.parent / "codecs.py"):
+    for path in [*sorted(here.glob("*.py")), here.parent / "bounds.py", here.parent / "codecs.py"]:
         digest.update(path.read_bytes())
-    return 0.0, int.from_bytes(digest.digest()[:7], "big")
+    return digest.hexdigest()[:16]
 
 
 def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit` without the interpreter's lock, cached on disk. Args: options: further ones of `njit`."""
+    """`numba.njit` without the interpreter's lock, cached on disk. Args: options: further ones of `njit`.
+
+    numba takes what it has on disk for a function if that function's own file is unchanged. A kernel of yesterday must not
+    measure blocks for the codec of today: the name that goes into the cache has the version of all sources in it.
+    """
     import numba
 
     def compiled(function: Callable[..., Any]) -> Any:
         try:
-            made = numba.njit(nogil=True, cache=True, **options)(function)
-            made._cache._cache_file._source_stamp = _sources()
-        except (RuntimeError, AttributeError, OSError):  # no place to write to, no sources, or another numba
+            function.__qualname__ += f"_{version()}"
+            return numba.njit(nogil=True, cache=True, **options)(function)
+        except (RuntimeError, OSError):  # there is no place to write to, or no source to read
             return numba.njit(nogil=True, **options)(function)
-        return made
 
     return compiled
 
 
-def part(function: Callable[..., Any]) -> Any:
+def part(function: Callable[..., Any], **options: Any) -> Any:
     """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through."""
     import numba
 
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(nogil=True, error_model="numpy", **options)(function)
+    inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, **options}
+    return numba.njit(nogil=True, error_model="numpy", **inner)(function)
+
+
+def swift(function: Callable[..., Any]) -> Any:
+    """As `part`; sums may be taken in any order, so that they can be vectorised. NaN and infinities stay as they are."""
+    return part(function, fastmath={"reassoc", "nsz"})

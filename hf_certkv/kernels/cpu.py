@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import bounds
+from .. import bounds, stages
 from ..bounds import Certificate
 from . import threads
 from .reference import Segments
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from ..store import Index
 
 LANES = 16
+ROWS = 4  # query rows of a tile, as in `micro`
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _scratch = threading.local()
 
 
 def supports(step: DecodeStep) -> bool:
-    """Whether numba is installed and the kernel has code for the layer's format: sizes that fill vectors of sixteen."""
+    """Whether numba is installed and the kernel has code for the layer's format and the call."""
     layer = step.layer
     capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
     wanted = step.config.kernel != "reference" and capped
@@ -66,7 +68,7 @@ class Scratch:
         """`count` numbers that an earlier call may have used too, and where they begin."""
         found = self._held.get(name)
         if found is None or len(found[0]) < count:
-            array = np.empty(count + count // 8, dtype)
+            array = np.empty(count + count // 64, dtype)
             found = self._held[name] = (array, array.ctypes.data)
         return found[0][:count], found[1]
 
@@ -91,6 +93,19 @@ def scratch_for(user: object) -> Scratch:
 def scratch_bytes() -> int:
     """Bytes that this thread's calls hold between steps, for all layers and caches together."""
     return _scratch.arrays.nbytes if hasattr(_scratch, "arrays") else 0
+
+
+def padded(rows: int) -> int:
+    """Query rows of a KV head that a call computes for so many."""
+    return 1 if rows == 1 else -(-rows // ROWS) * ROWS
+
+
+def working_bytes(units: int, rows: int, blocks: int, channels: int, width: int) -> int:
+    """Bytes of scratch that a step needs: `units` KV heads of all batch rows, `rows` query rows of each."""
+    every = units * padded(rows)
+    segments, figures = every * (blocks + 1), 5 * units * rows * blocks
+    small = every * (12 * channels + 4) + units * (16 + 4 * blocks)
+    return segments * (36 + 4 * width) + 8 * figures + 8 * every * blocks + small
 
 
 class Stored(NamedTuple):
@@ -129,12 +144,12 @@ class FusedStep:
     def __init__(self, step: DecodeStep) -> None:
         from .cpu_certify import Claim
         from .cpu_pass import Task
-        from .micro import ROWS
 
         layer, config, call = step.layer, step.config, step.call
         batch, heads, used, width = step.shape
         channels, units, blocks = layer.widths[0], batch * heads, step.blocks
-        rows = 1 if used == 1 else -(-used // ROWS) * ROWS
+        rows = padded(used)
+        layer.working_bytes = working_bytes(units, used, blocks, channels, width)
         self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
         stored = layer.memo("cpu kernel", lambda: _stored(layer))
         assert stored is not None, "asked for by `supports`"
@@ -223,6 +238,25 @@ class FusedStep:
             cpu_step.units(self.task, self.claim, self.query, 0, 0)  # once, and not in every thread
         task, claim, query = self.task, self.claim, self.query
         threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
+
+    def tell_stages(self) -> None:
+        """What pass and certificate take, by doing both again, and the parts of the certificate by themselves."""
+        from . import cpu_step
+
+        task, claim, query = self.task, self.claim, self.query
+
+        def seconds(share: Callable[[int, int], object]) -> float:
+            return min(stages.timed(lambda: threads.run(share, self.units))[0] for _ in range(3))
+
+        def repeat() -> None:
+            whole = seconds(lambda start, stop: cpu_step.units(task, claim, query, start, stop))
+            merged = seconds(lambda start, stop: cpu_step.merge_again(task, claim, start, stop))
+            certified = seconds(lambda start, stop: cpu_step.certify_again(task, claim, start, stop)) - merged
+            stages.add(stages.CERTIFICATE, certified)
+            stages.add(stages.PASS, whole - certified)
+            stages.add(stages.AROUND, -whole)
+
+        stages.add(stages.AROUND, -stages.timed(repeat)[0])
 
     def certify(self, key_level: Tensor, value_level: Tensor) -> None:
         """The certificate again, after blocks were raised to these levels: int64 `[B, H, N]`."""

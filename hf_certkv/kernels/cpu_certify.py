@@ -13,8 +13,8 @@ import numpy as np
 
 from .. import bounds
 from ..codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
-from . import micro
-from .compiling import part
+from . import micro, micro_combine
+from .compiling import part, swift
 from .cpu_pass import BFLOAT16, FLOAT32, Task
 from .reference import RESCALINGS
 
@@ -25,6 +25,10 @@ DOWN = 1 - 2.0**-30  # as in `ladder.head_budget`
 LARGEST_SCALE = 65504.0
 # A segment's eight sums, as in `Task.sums`.
 STEPS, SQUARE_STEPS, NORMS, SQUARE_NORMS, TOTAL, SQUARE, CUBE, FOURTH = range(8)
+# What is stored of a block, as `_numbers` puts it side by side.
+NUMBERS = 8
+BLOCK_RADIUS, APPROXIMATE, KEY_KAPPA, KEY_EPSILON, KEY_SIGMA, VALUE_ETA, VALUE_SIGMA, VALUE_MEAN = range(NUMBERS)
+SERIES = tuple(1 / k for k in range(16, 1, -1))
 
 
 class Claim(NamedTuple):
@@ -106,15 +110,10 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
     key_norm = micro.float64s(claim.key_norm, claim.units)[unit]
     value_norm = micro.float64s(claim.value_norm, claim.units)[unit]
     top = micro.float32s(claim.top + 4 * unit * task.rows, task.rows)
-    factors, output, shown = np.empty(segments), np.empty(width, np.float32), np.empty(width, np.float32)
-    key_levels, value_levels = np.zeros(blocks, np.int64), np.zeros(blocks, np.int64)
-    if claim.key_level != 0:
-        raised_keys = micro.int64s(claim.key_level + 8 * unit * blocks, blocks)
-        raised_values = micro.int64s(claim.value_level + 8 * unit * blocks, blocks)
-        for number in range(blocks):
-            key_levels[number], value_levels[number] = raised_keys[number], raised_values[number]
-    keys = micro.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, blocks * claim.key_count)
-    values = micro.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, blocks * claim.value_count)
+    factors, weights, inner = np.empty(segments), np.empty(segments, np.float32), np.empty(segments, np.float32)
+    output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
+    numbers = np.empty((NUMBERS, blocks))
+    _numbers(task, claim, unit, numbers)
     squares = micro.float32s(task.squares + 4 * unit * blocks, blocks)
     rows = micro.float64s(claim.row_figures, 7 * claim.units * used)
     for row in range(used):
@@ -123,23 +122,22 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         raw = micro.float32s(claim.raw + 4 * (unit * task.rows + row) * task.channels, task.channels)
         slack, rounding = _slack(task, claim, raw, key_norm, value_norm)
         sink = micro.float32s(claim.sink, claim.units * used)[mine] if claim.sink != 0 else -np.float32(np.inf)
-        first_output = unit * segments * task.rows * width + row * width
-        normaliser, sink_mass = _combine(
-            maximum, sums, factors, claim.sink != 0, sink, task.output, first_output, task.rows * width, output
-        )
+        normaliser, sink_mass = _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
+        first_output, apart = unit * segments * task.rows * width + row * width, task.rows * width
+        micro_combine.mix(task.output, first_output, apart, weights.ctypes.data, segments, output.ctypes.data, width)
+        micro_combine.inners(task.output, first_output, apart, output.ctypes.data, width, blocks, inner.ctypes.data)
         norm = _round(output, shown, claim.result, mine * width, task.dtype)
         fixed = rounding + (claim.relative * norm + math.sqrt(width) * claim.absolute) * OUTWARD
         inflate = least(math.exp(2 * slack) * (1 + gamma(2 * claim.chain + 8)) * OUTWARD, 1e300)
+        exact_mass = factors[blocks] * np.float64(sums[blocks * 8 + TOTAL]) / normaliser + sink_mass
+        figures, between = claim.block_figures + 8 * mine * blocks, 8 * claim.units * used * blocks
+        value_total, expected = _values(maximum, sums, factors, normaliser, inflate, numbers, figures, between)
         places = (unit * task.rows + row) * blocks
-        query_l1, query_l2 = (
-            micro.float32s(task.query_l1 + 4 * places, blocks),
-            micro.float32s(task.query_l2 + 4 * places, blocks),
-        )
-        key_total, value_total, expected = _parts(
-            maximum, sums, squares, factors, normaliser, sink_mass, inflate, norm, rounding, fixed, value_norm, query_l1,
-            query_l2, np.float64(top[row]), key_levels, value_levels, keys, claim.key_count, values, claim.value_count, output,
-            task.output, first_output, task.rows * width, abs(claim.scaling), task.channels, task.block + width,
-            claim.block_figures + 8 * mine * blocks, claim.units * used * blocks,
+        l1, l2 = micro.float32s(task.query_l1 + 4 * places, blocks), micro.float32s(task.query_l2 + 4 * places, blocks)
+        key_total = _keys(
+            maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, output,
+            exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
+            task.block + width, figures, between,
         )  # fmt: skip
         bound = (key_total + value_total + fixed) * OUTWARD
         if not math.isfinite(norm):
@@ -149,6 +147,46 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         apart = claim.units * used
         rows[mine], rows[apart + mine], rows[2 * apart + mine], rows[3 * apart + mine] = bound, norm, expected, fixed
         rows[4 * apart + mine], rows[5 * apart + mine], rows[6 * apart + mine] = key_total, value_total, 1.0 if met else 0.0
+
+
+@part
+def merge(task: Task, claim: Claim, unit: int) -> None:
+    """Outputs of one unit's rows, without their bounds."""
+    width, segments, apart = task.width, task.blocks + 1, task.rows * task.width
+    factors, weights = np.empty(segments), np.empty(segments, np.float32)
+    output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
+    for row in range(task.used):
+        start, mine = (unit * task.rows + row) * segments, unit * task.used + row
+        maximum, sums = micro.float32s(task.maximum + 4 * start, segments), micro.float32s(task.sums + 32 * start, 8 * segments)
+        sink = micro.float32s(claim.sink, claim.units * task.used)[mine] if claim.sink != 0 else -np.float32(np.inf)
+        _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
+        first = unit * segments * apart + row * width
+        micro_combine.mix(task.output, first, apart, weights.ctypes.data, segments, output.ctypes.data, width)
+        _round(output, shown, claim.result, mine * width, task.dtype)
+
+
+@part
+def _numbers(task: Task, claim: Claim, unit: int, numbers: np.ndarray) -> None:
+    """What is stored of a unit's blocks at their levels: a row of `numbers` each. Values at the originals have no error."""
+    blocks = task.blocks
+    keys = micro.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, blocks * claim.key_count)
+    values = micro.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, blocks * claim.value_count)
+    for block in range(blocks):
+        key_level = value_level = 0
+        if claim.key_level != 0:
+            key_level = micro.int64s(claim.key_level + 8 * unit * blocks, blocks)[block]
+            value_level = micro.int64s(claim.value_level + 8 * unit * blocks, blocks)[block]
+        key, value = block * claim.key_count, block * claim.value_count
+        key += PER_LEVEL if key_level == 1 else 0
+        value += PER_LEVEL if value_level == 1 else 0
+        numbers[BLOCK_RADIUS, block] = np.float64(values[(block + 1) * claim.value_count - 1])
+        numbers[APPROXIMATE, block] = 0.0 if key_level == 2 else 1.0
+        numbers[KEY_KAPPA, block] = np.float64(keys[key + KAPPA])
+        numbers[KEY_EPSILON, block] = np.float64(keys[key + EPSILON])
+        numbers[KEY_SIGMA, block] = np.float64(keys[key + KEY_SPECTRAL])
+        numbers[VALUE_ETA, block] = 0.0 if value_level == 2 else np.float64(values[value + ETA])
+        numbers[VALUE_SIGMA, block] = 0.0 if value_level == 2 else np.float64(values[value + VALUE_SPECTRAL])
+        numbers[VALUE_MEAN, block] = 0.0 if value_level == 2 else np.float64(values[value + VALUE_RMS])
 
 
 @part
@@ -174,151 +212,156 @@ def _slack(task: Task, claim: Claim, raw: np.ndarray, key: float, value: float) 
 
 
 @part
-def _combine(
-    maximum: np.ndarray, sums: np.ndarray, factors: np.ndarray, sunk: bool, sink: float, outputs: int, start: int, apart: int,
-    output: np.ndarray,
-) -> tuple[float, float]:  # fmt: skip
-    """Softmax over the segments: each segment's factor, the float32 output; the normaliser, and the sink's share."""
+def _factors(
+    maximum: np.ndarray, sums: np.ndarray, factors: np.ndarray, weights: np.ndarray, sunk: bool, sink: float
+) -> tuple[float, float]:
+    """Each segment's factor, and over the normaliser in float32; the normaliser, and the sink's share."""
     highest = maximum[0]
-    for number in range(1, len(maximum)):
-        highest = most(highest, maximum[number])
+    for segment in range(1, len(maximum)):
+        highest = most(highest, maximum[segment])
     if sunk:
         highest = most(highest, sink)
     normaliser, top = 0.0, np.float64(highest)
-    for number in range(len(maximum)):
+    for segment in range(len(maximum)):
         # Of a masked segment's sums, which are 0, or NaN where scores were: then everything is to be NaN.
-        factors[number] = math.exp(np.float64(maximum[number]) - top) if maximum[number] != -np.inf else 0.0
-        normaliser += factors[number] * np.float64(sums[number * 8 + TOTAL])
+        factors[segment] = math.exp(np.float64(maximum[segment]) - top) if maximum[segment] != -np.inf else 0.0
+        normaliser += factors[segment] * np.float64(sums[segment * 8 + TOTAL])
     share = 0.0
     if sunk:
         share = math.exp(np.float64(sink) - top)
         normaliser += share
-    for c in range(len(output)):
-        output[c] = 0
-    for number in range(len(maximum)):
-        scale = np.float32(factors[number] / normaliser)
-        added = micro.float32s(outputs + 4 * (start + number * apart), len(output))
-        for c in range(len(output)):
-            output[c] += scale * added[c]
+    for segment in range(len(maximum)):
+        weights[segment] = np.float32(factors[segment] / normaliser)
     return normaliser, share / normaliser
 
 
-@part
-def _parts(
-    maximum: np.ndarray, sums: np.ndarray, squares: np.ndarray, factors: np.ndarray, normaliser: float,
-    sink_mass: float, inflate: float, norm: float, rounding: float, fixed: float, value_norm: float, query_l1: np.ndarray,
-    query_l2: np.ndarray, top: float, key_levels: np.ndarray, value_levels: np.ndarray, keys: np.ndarray, key_count: int,
-    values: np.ndarray, value_count: int, output: np.ndarray, outputs: int, start: int, apart: int, scaling: float,
-    channels: int, terms: int, figures: int, between: int,
-) -> tuple[float, float, float]:  # fmt: skip
-    """`total`: what keys and values contribute, and the expected error; a block's share of each at `figures`."""
+@swift
+def _values(
+    maximum: np.ndarray, sums: np.ndarray, factors: np.ndarray, normaliser: float, inflate: float, numbers: np.ndarray,
+    figures: int, between: int,
+) -> tuple[float, float]:  # fmt: skip
+    """`value_error` of the blocks, added up, and the expected error; masses, mean steps and parts at `figures`."""
     blocks = len(maximum) - 1
-    masses, shifts = micro.float64s(figures, blocks), micro.float64s(figures + 8 * between, blocks)
-    key_parts, value_parts = micro.float64s(figures + 16 * between, blocks), micro.float64s(figures + 24 * between, blocks)
-    steps = micro.float64s(figures + 32 * between, blocks)
-    value_total, expected = 0.0, 0.0
-    for number in range(blocks):
-        place = number * 8
-        total, square = np.float64(sums[place + TOTAL]), np.float64(sums[place + SQUARE])
-        mass = factors[number] * total / normaliser
-        root = factors[number] / normaliser * math.sqrt(square)
-        step = np.float64(sums[place + STEPS]) / most(total, TINY)
-        root_step = math.sqrt(np.float64(sums[place + SQUARE_STEPS]) / most(square, TINY))
-        level, at = value_levels[number], number * value_count
-        at += PER_LEVEL if level == 1 else 0
-        part = 0.0
-        if level < 2:
-            guess = root * root_step * np.float64(values[at + VALUE_RMS])
-            expected += guess * guess
-            if maximum[number] > -np.inf:
-                mass_up, root_up = most(mass * inflate, FLOOR), most(root * inflate, FLOOR)
-                eta, spectral = np.float64(values[at + ETA]), np.float64(values[at + VALUE_SPECTRAL])
-                part = least(mass_up * (step + STEP_FLOOR) * eta, root_up * (root_step + STEP_FLOOR) * spectral) * OUTWARD
-        masses[number], steps[number], value_parts[number] = mass, step, part
-        value_total += part
-    value_total *= OUTWARD
+    masses, parts = micro.float64s(figures, blocks), micro.float64s(figures + 3 * between, blocks)
+    steps = micro.float64s(figures + 4 * between, blocks)
+    eta, sigma, rms = numbers[VALUE_ETA], numbers[VALUE_SIGMA], numbers[VALUE_MEAN]
+    total_error, expected, inverse = 0.0, 0.0, 1 / normaliser
+    for block in range(blocks):
+        total, square = np.float64(sums[block * 8 + TOTAL]), np.float64(sums[block * 8 + SQUARE])
+        weight = factors[block] * inverse
+        mass, root = weight * total, weight * math.sqrt(square)
+        step = np.float64(sums[block * 8 + STEPS]) / most(total, TINY)
+        root_step = math.sqrt(np.float64(sums[block * 8 + SQUARE_STEPS]) / most(square, TINY))
+        guess = root * root_step * rms[block]
+        mass_up, root_up = most(mass * inflate, FLOOR), most(root * inflate, FLOOR)
+        part = least(mass_up * (step + STEP_FLOOR) * eta[block], root_up * (root_step + STEP_FLOOR) * sigma[block]) * OUTWARD
+        part = part if maximum[block] > -np.inf else 0.0
+        masses[block], steps[block], parts[block] = mass, step, part
+        total_error += part
+        expected += guess * guess
+    return total_error * OUTWARD, math.sqrt(expected)
 
-    size = 0.0
+
+@swift
+def _keys(
+    maximum: np.ndarray, sums: np.ndarray, squares: np.ndarray, factors: np.ndarray, normaliser: float, inflate: float,
+    numbers: np.ndarray, l1: np.ndarray, l2: np.ndarray, top: float, inner: np.ndarray, output: np.ndarray, exact_mass: float,
+    centre: float, away: float, value_norm: float, scaling: float, channels: int, terms: int, figures: int, between: int,
+) -> float:  # fmt: skip
+    """`key_error` of the blocks over the least normaliser, added up, or its cap; shifts and parts at `figures`."""
+    blocks = len(maximum) - 1
+    masses, shifts = micro.float64s(figures, blocks), micro.float64s(figures + between, blocks)
+    parts = micro.float64s(figures + 2 * between, blocks)
+    radius, eta, approximate = numbers[BLOCK_RADIUS], numbers[VALUE_ETA], numbers[APPROXIMATE]
+    kappa, epsilon, sigma = numbers[KEY_KAPPA], numbers[KEY_EPSILON], numbers[KEY_SIGMA]
+    size, inverse = 0.0, 1 / normaliser
     for c in range(len(output)):
         size += np.float64(output[c]) * np.float64(output[c])
-    centre, away = norm + value_total + fixed, value_total + rounding
     # `score_weights`: products of sizes, at most 1, and steps lose at most 2^-126 to underflow, as do their squares; a channel
     # of the query that is subnormal may be flushed.
-    up, root_channels = 1 + (channels + 8) * 2.0**-23, math.sqrt(channels)
+    up, root_channels = (1 + (channels + 8) * 2.0**-23) * top, math.sqrt(channels)
     hidden = 2 * TINY * LARGEST_SCALE * (1 + top)
-    exact = factors[blocks] * np.float64(sums[blocks * 8 + TOTAL]) / normaliser + sink_mass
     active_up, held, worst = 0.0, 0.0, 0.0
-    for number in range(blocks):
-        mass, level, part, shift = masses[number], key_levels[number], 0.0, 0.0
-        if level == 2 or not maximum[number] > -np.inf:
-            exact += mass
-        else:
-            at = number * key_count + (PER_LEVEL if level == 1 else 0)
-            l1 = (np.float64(query_l1[number]) + channels * TINY) * up * top + channels * hidden
-            l2 = (math.sqrt(np.float64(query_l2[number])) + root_channels * 2.0**-60) * up * top + root_channels * hidden
-            shift = scaling * least(np.float64(keys[at + KAPPA]) * l1, np.float64(keys[at + EPSILON]) * l2) * OUTWARD
-            shift_l2 = scaling * np.float64(keys[at + KEY_SPECTRAL]) * l2 * OUTWARD
-            shift = most(shift, 0.0)
-            added = outputs + 4 * (start + number * apart)
-            inner = np.float64(micro.dot(output.ctypes.data, 0, added, 0, len(output)))
-            level_at = number * value_count + (PER_LEVEL if value_levels[number] == 1 else 0) + ETA
-            eta = 0.0 if value_levels[number] == 2 else np.float64(values[level_at])
-            near, square_near = _radii_of(
-                sums, number * 8, np.float64(squares[number]), inner, size, eta,
-                np.float64(values[(number + 1) * value_count - 1]) + centre, away, terms,
-            )  # fmt: skip
-            rise = math.expm1(shift) * OUTWARD
-            slope = rise / most(shift, 1e-300) * OUTWARD if shift > 0 else OUTWARD
-            slope = most(slope, 1 + shift / 2)
-            mass_up = most(mass * inflate, FLOOR)
-            root_up = most(factors[number] / normaliser * math.sqrt(np.float64(sums[number * 8 + SQUARE])) * inflate, FLOOR)
-            part = least(mass_up * near * rise, root_up * square_near * shift_l2 * slope) * OUTWARD
-            active_up += mass_up
-            held += mass * math.exp(-shift)
-            worst = most(worst, shift)
-        key_parts[number], shifts[number] = part, shift
-    held = (exact + held) / (inflate * OUTWARD)
-    key_total = 0.0
-    for number in range(blocks):
-        key_parts[number] = key_parts[number] / held * OUTWARD
-        key_total += key_parts[number]
-    key_total *= OUTWARD
+    for block in range(blocks):
+        mass = masses[block]
+        query_l1 = (np.float64(l1[block]) + channels * TINY) * up + channels * hidden
+        query_l2 = (math.sqrt(np.float64(l2[block])) + root_channels * 2.0**-60) * up + root_channels * hidden
+        shift = most(scaling * least(kappa[block] * query_l1, epsilon[block] * query_l2) * OUTWARD, 0.0)
+        near, square_near = _radii_of(
+            sums, block * 8, np.float64(squares[block]), np.float64(inner[block]), size, eta[block], radius[block] + centre,
+            away, terms,
+        )  # fmt: skip
+        growth = _expm1(shift)
+        rise = growth * OUTWARD
+        slope = most(rise / most(shift, 1e-300) * OUTWARD if shift > 0 else OUTWARD, 1 + shift / 2)
+        mass_up = most(mass * inflate, FLOOR)
+        root_up = most(factors[block] * inverse * math.sqrt(np.float64(sums[block * 8 + SQUARE])) * inflate, FLOOR)
+        lean = scaling * sigma[block] * query_l2 * OUTWARD
+        part = least(mass_up * near * rise, root_up * square_near * lean * slope) * OUTWARD
+        active = approximate[block] > 0 and maximum[block] > -np.inf
+        parts[block], shifts[block] = part if active else 0.0, shift if active else 0.0
+        exact_mass += 0.0 if active else mass
+        active_up += mass_up if active else 0.0
+        held += mass / (1 + growth) if active else 0.0
+    for block in range(blocks):
+        worst = most(worst, shifts[block])
+    over = inflate * OUTWARD / (exact_mass + held) * OUTWARD
+    total = 0.0
+    for block in range(blocks):
+        parts[block] *= over
+        total += parts[block]
+    total *= OUTWARD
     cap = _cap(active_up, worst, value_norm)
-    return (key_total if key_total <= cap else cap), value_total, math.sqrt(expected)
+    return total if total <= cap else cap
+
+
+@part
+def _expm1(x: float) -> float:
+    """exp(x) - 1 for x >= 0, relative error below 2^-48; infinite from 700 on; NaN stays NaN.
+
+    x = n log 2 + r: 2^n (exp(r) - 1) + (2^n - 1), with 15 terms of the series for |r| <= log(2) / 2.
+    """
+    n = np.rint(least(x, 700.0) * 1.4426950408889634)
+    n = n if n == n else 0.0
+    r = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10
+    p = 1.0
+    for k in SERIES:
+        p = 1.0 + p * r * k
+    power = micro_combine.power_of_two(n)
+    grown = power * (r * p) + (power - 1.0)
+    return math.inf if x > 700.0 else grown
 
 
 @part
 def _radii_of(
-    sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int,
-) -> tuple[float, float]:  # fmt: skip
+    sums: np.ndarray, at: int, squares: float, inner: float, size: float, eta: float, reach: float, away: float, terms: int
+) -> tuple[float, float]:
     """`mean_radius` of a block by weights; by squared weights the better of two bounds (`bounds.square_moment_bound`)."""
     total, square = np.float64(sums[at + TOTAL]), np.float64(sums[at + SQUARE])
     cube, fourth = np.float64(sums[at + CUBE]), np.float64(sums[at + FOURTH])
     over, over_square = most(total, TINY), most(square, TINY)
     off = 1.01 * gamma(terms + 8) * reach * reach + 8 * TINY * terms * terms * (1 + reach)
     read = 2 * UNIT * reach + TINY * terms
-    near, square_near = reach, reach
     moment = (np.float64(sums[at + NORMS]) - 2 * inner + size * total) / over
-    if math.isfinite(moment):
-        mean_step = np.float64(sums[at + STEPS]) / over + STEP_FLOOR
-        first = (math.sqrt(most(moment, 0.0) + off) + read + eta * mean_step + away) * OUTWARD
-        near = first if first < reach else reach
-        around = read + eta * (math.sqrt(np.float64(sums[at + SQUARE_STEPS]) / over_square) + STEP_FLOOR) + away
-        # No weight is above 1.
-        spread = total / over_square * (1 + 4 * gamma(terms + 8))
-        held = (most(moment, 0.0) + off) * spread
-        # Squared weights as a multiple of the weights, and the rest by Cauchy-Schwarz.
-        fit = cube / over_square
-        apart = most(fourth - cube * fit, 0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
-        # Squares of small numbers may have been flushed: tokens times channels of them.
-        lengths = squares * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
-        rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
-        fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
-        fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * (1 + 4 * gamma(terms + 8)))
-        if math.isfinite(fitted) and fitted < held:
-            held = fitted
-        second = (math.sqrt(held) + around) * OUTWARD
-        square_near = second if second < reach else reach
+    known = abs(moment) < math.inf
+    mean_step = np.float64(sums[at + STEPS]) / over + STEP_FLOOR
+    first = (math.sqrt(most(moment, 0.0) + off) + read + eta * mean_step + away) * OUTWARD
+    near = first if known and first < reach else reach
+    around = read + eta * (math.sqrt(np.float64(sums[at + SQUARE_STEPS]) / over_square) + STEP_FLOOR) + away
+    # No weight is above 1.
+    more = 1 + 4 * gamma(terms + 8)
+    held = (most(moment, 0.0) + off) * (total / over_square * more)
+    # Squared weights as a multiple of the weights, and the rest by Cauchy-Schwarz.
+    fit = cube / over_square
+    apart = most(fourth - cube * fit, 0.0) + 4.04 * gamma(terms + 16) * fourth + 1e-30
+    # Squares of small numbers may have been flushed: tokens times channels of them.
+    lengths = squares * (1 + 4 * gamma(2 * terms)) + terms * terms * TINY
+    rest = 2 * math.sqrt(apart * size * lengths) * OUTWARD
+    fitted = (np.float64(sums[at + SQUARE_NORMS]) - 2 * fit * inner + size * square + rest) / over_square
+    fitted = most(fitted, 0.0) + off * (1 + fit * total / over_square * more)
+    held = fitted if abs(fitted) < math.inf and fitted < held else held
+    second = (math.sqrt(held) + around) * OUTWARD
+    square_near = second if known and second < reach else reach
     return near, square_near
 
 

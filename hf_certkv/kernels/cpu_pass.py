@@ -9,9 +9,9 @@ import numpy as np
 
 from . import micro
 from .compiling import part
+from .cpu import ROWS
 from .vectors import LANES
 
-ROWS = micro.ROWS
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 INFINITY = np.float32(np.inf)
 

@@ -28,6 +28,13 @@ def certify_again(task: Task, claim: Claim, start: int, stop: int) -> None:
         cpu_certify.certify(task, claim, unit)
 
 
+@kernel(error_model="numpy")
+def merge_again(task: Task, claim: Claim, start: int, stop: int) -> None:
+    """Only what attention needs of `certify_again`, to know how long that takes."""
+    for unit in range(start, stop):
+        cpu_certify.merge(task, claim, unit)
+
+
 @part
 def _prepare(task: Task, claim: Claim, query: int, unit: int) -> None:
     """One unit's query rows: as they are, scaled, and their magnitudes over the largest; padding is 0."""

@@ -50,7 +50,7 @@ def load(bits16: Any, bits32: Any, form: int, base: int, row: Any, row_bits: Any
         else:
             for i in range(count):
                 half = np.int32(halves[i])
-                exponent = 112 << 23 if (half & 0x7C00) != 0x7C00 else EXPONENT
+                exponent = (112 if (half & 0x7C00) != 0x7C00 else 224) << 23
                 row_bits[i] = (((half & 0x7FFF) << 13) + exponent) | ((half >> 15) << 31)
             for i in range(count):
                 half = np.int32(halves[i])

@@ -16,9 +16,10 @@ from numba.extending import intrinsic as _intrinsic
 
 from ..codecs import LOW_BITS, MIDDLE
 from .compiling import part
+from .cpu import ROWS
 from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, Emitter, floats, ints, long
 
-ROWS = 4  # rows of a tile, and tokens of a tile of scores: ROWS * ROWS accumulators
+# A tile's scores are of ROWS rows and ROWS tokens: ROWS * ROWS accumulators.
 STRIP = 4  # vectors of channels that are gathered at a time: ROWS * STRIP accumulators
 INDEX = types.intp
 intrinsic: Any = _intrinsic  # its calls look otherwise than its definition
