@@ -112,7 +112,7 @@ def replace_values(step: DecodeStep) -> DecodeStep:
 
 
 def assert_like_bounds(step: DecodeStep) -> None:
-    """The kernel's certificate is that of bounds.py: to 1e-10, and not below it."""
+    """The kernel's certificate is that of bounds.py: to 1e-10."""
     assert [word for word in discrepancies(step) if not word.startswith("sum ")] == []
 
 

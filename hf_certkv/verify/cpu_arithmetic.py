@@ -5,19 +5,15 @@ Every function here is one of kernels/micro.py with nothing around it. float32 a
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from ..codecs import KeyCodec, ValueCodec
-from ..kernels import cpu_certify, cpu_pass, micro
+from ..kernels import cpu_certify, cpu_pass, micro, micro_combine
 from ..kernels.compiling import kernel
 from .arithmetic import KINDS, count_failures
 from .parts import Part
@@ -25,16 +21,7 @@ from .parts import Part
 Numbers = Any  # np.ndarray
 
 
-def plain(function: Callable[..., Any]) -> Any:
-    """Compiled, and kept on disk until this file or a kernel changes."""
-    made = kernel(error_model="numpy")(function)
-    try:
-        first, stamp = made._cache._cache_file._source_stamp
-        own = int.from_bytes(hashlib.sha256(Path(__file__).read_bytes()).digest()[:7], "big")
-        made._cache._cache_file._source_stamp = first, stamp ^ own
-    except (AttributeError, TypeError, OSError):  # numba's own matters: then it is not kept
-        return numba.njit(nogil=True, error_model="numpy")(function)
-    return made
+plain = kernel(error_model="numpy")
 
 
 @plain
@@ -110,6 +97,18 @@ def _values(weights: Numbers, values: Numbers, squares: Numbers, out: Numbers) -
 
 
 @plain
+def _mixed(parts: Numbers, weights: Numbers, out: Numbers) -> None:
+    width = parts.shape[1]
+    micro_combine.mix(parts.ctypes.data, 0, width, weights.ctypes.data, len(parts), out.ctypes.data, width)
+
+
+@plain
+def _inners(parts: Numbers, output: Numbers, out: Numbers) -> None:
+    width = parts.shape[1]
+    micro_combine.inners(parts.ctypes.data, 0, width, output.ctypes.data, width, len(parts), out.ctypes.data)
+
+
+@plain
 def _sums(scores: Numbers, steps: Numbers, out: Numbers) -> None:
     micro.weigh(scores.ctypes.data, 0, len(scores), np.float32(0), steps.ctypes.data, 0, out.ctypes.data, 0)
 
@@ -162,6 +161,20 @@ def values(weights: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
     norms = np.empty(tokens, np.float32)
     _row_sums(squares, norms)
     return out, norms
+
+
+def mixed(parts: Numbers, weights: Numbers) -> Numbers:
+    """Outputs of segments `[segments, channels]` by weights."""
+    out = np.empty(parts.shape[1], np.float32)
+    _mixed(parts, weights, out)
+    return out
+
+
+def inners(parts: Numbers, output: Numbers) -> Numbers:
+    """Dot products of segments' outputs with the output."""
+    out = np.empty(len(parts), np.float32)
+    _inners(parts, output, out)
+    return out
 
 
 def sums(scores: Numbers, steps: Numbers) -> tuple[Numbers, Numbers]:
@@ -234,6 +247,11 @@ def chains(part: Part, generator: Generator, kind: str) -> None:
     got, norms = values(weights, rest)
     found += [("values", [weights[r], rest[:, c]], got[r, c], tokens) for r in range(rows) for c in range(0, width, 7)]
     found += [("norms", [rest[t], rest[t]], norms[t], width // 16 + tree) for t in range(0, tokens, 5)]
+    shares, many = np.abs(weights[0]), rest.T[:, :16].copy() if width < tokens else rest
+    got = mixed(many, np.resize(shares, len(many)))
+    found += [("segments", [np.resize(shares, len(many)), many[:, c]], got[c], len(many)) for c in range(0, many.shape[1], 7)]
+    got = inners(rest, got_of := np.resize(weights[0], width))
+    found += [("inner products", [rest[t], got_of], got[t], width // 16 + tree) for t in range(0, tokens, 5)]
     x = keys[0], np.abs(query[0])
     found.append(("dot", [*x], dot(*x), n // 16 + tree))
     first, second = query_weights(x[1], x[0])
