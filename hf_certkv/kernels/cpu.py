@@ -46,10 +46,10 @@ def supports(step: DecodeStep) -> bool:
 
 
 def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
-    """Whether channels of keys and values, and their halves where two share a byte, and value groups fill vectors of 16."""
+    """Whether channels of keys and values, halves of values where two share a byte, and value groups fill vectors of 16."""
     channels, width = widths
     size = codec.group_size(width)
-    filled = channels % (2 * LANES) == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
+    filled = channels % LANES == 0 and width % (LANES if codec.bits == 8 else 2 * LANES) == 0
     return filled and (size == width or size % LANES == 0)
 
 

@@ -94,7 +94,7 @@ def spread(
     to: Any,
     fresh: Any,
 ) -> Any:
-    """numbers[to + c] = (0 if fresh, else itself) + ((source[at + c] >> shift) & mask) * factor + plus; a multiple of 16."""
+    """numbers[to + c] = (0 if fresh, else itself) + ((source[at + c] >> shift) & mask) * factor + plus, for `count` bytes."""
     signature = types.void(*(INDEX,) * 5, types.float32, types.float32, INDEX, INDEX, types.boolean)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -109,6 +109,16 @@ def spread(
             place = emit.at(numbers, c)
             held = builder.select(arguments[9], floats(0.0), emit.load(place))
             emit.store(builder.fadd(held, read), place)
+        done = builder.and_(arguments[2], long(-LANES))
+        with emit.loop(builder.sub(arguments[2], done)) as i:
+            c = builder.add(done, i)
+            byte = builder.zext(builder.load(emit.at(source, c)), INT)
+            shifts, masks = (builder.trunc(arguments[k], INT) for k in (3, 4))
+            code = builder.uitofp(builder.and_(builder.lshr(byte, shifts), masks), FLOAT)
+            read = builder.fadd(builder.fmul(code, arguments[5]), arguments[6])
+            place = emit.at(numbers, c)
+            held = builder.select(arguments[9], ir.Constant(FLOAT, 0.0), builder.load(place))
+            builder.store(builder.fadd(held, read), place)
         return context.get_dummy_value()
 
     return signature, generate
