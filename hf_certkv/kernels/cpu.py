@@ -33,6 +33,7 @@ LANES = 16
 ROWS = 4  # query rows of a tile, as in `micro`
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _scratch = threading.local()
+_compiled = False
 
 
 def supports(step: DecodeStep) -> bool:
@@ -247,12 +248,10 @@ class FusedStep:
 
     def run(self) -> None:
         """The pass over everything at its base level, and its certificate."""
-        from . import compiling, cpu_step
+        from . import cpu_step
 
-        if not compiling.is_kept(cpu_step.units):
-            compiling.announce()
-            cpu_step.units(self.task, self.claim, self.query, 0, 0)  # once, and not in every thread
         task, claim, query = self.task, self.claim, self.query
+        _compile(lambda: cpu_step.units(task, claim, query, 0, 0))
         threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
 
     def tell_stages(self) -> None:
@@ -332,6 +331,18 @@ class FusedStep:
         """The bound and its parts."""
         bound, fixed, key_total, value_total = (self.row_figure(which) for which in (0, 3, 4, 5))
         return Certificate(bound, fixed, key_total, value_total, self.block_figure(2), self.block_figure(3))
+
+
+def _compile(nothing: Callable[[], object]) -> None:
+    """Have the kernel compiled by a call that does nothing, once, and not in every thread; with a word to the user."""
+    global _compiled
+    if not _compiled:
+        from . import compiling, cpu_step
+
+        if not compiling.is_kept(cpu_step.units):
+            compiling.announce()
+        nothing()
+        _compiled = True
 
 
 def _along_tokens(bias: Tensor | None) -> Tensor | None:

@@ -20,6 +20,7 @@ from .cpu import ROWS
 from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, Emitter, floats, ints, long
 
 # A tile's scores are of ROWS rows and ROWS tokens: ROWS * ROWS accumulators.
+USUAL_GROUPS = 4  # value groups of a token that have code of their own: 128 channels, 32 a group
 STRIP = 4  # vectors of channels that are gathered at a time: ROWS * STRIP accumulators
 INDEX = types.intp
 intrinsic: Any = _intrinsic  # its calls look otherwise than its definition
@@ -358,12 +359,17 @@ def token_steps(typing: Any, scales: Any, start: Any, groups: Any, tokens: Any, 
         scales, steps, groups, up = pointer(0, FLOAT), pointer(5, FLOAT), arguments[2], emit.splat(arguments[4])
         with emit.loop(builder.udiv(arguments[3], long(LANES))) as chunk:
             here, total = emit.times(chunk, LANES), emit.variable(floats(0.0))
-            with emit.loop(groups) as g:
-                lanes: Any = ir.Constant(FLOATS, ir.Undefined)
-                for k in range(LANES):
-                    one = builder.load(emit.at(scales, g, builder.mul(builder.add(here, long(k)), groups)))
-                    lanes = builder.insert_element(lanes, one, ir.Constant(INT, k))
-                emit.add_to(total, lanes, lanes)
+            with builder.if_else(builder.icmp_unsigned("==", groups, long(USUAL_GROUPS))) as (usual, other):
+                with usual:
+                    first = emit.at(scales, emit.times(here, USUAL_GROUPS))
+                    rows = [emit.load(emit.at(first, i * LANES)) for i in range(USUAL_GROUPS)]
+                    builder.store(emit.neighbours([builder.fmul(row, row) for row in rows]), total)
+                with other, emit.loop(groups) as g:
+                    lanes: Any = ir.Constant(FLOATS, ir.Undefined)
+                    for k in range(LANES):
+                        one = builder.load(emit.at(scales, g, builder.mul(builder.add(here, long(k)), groups)))
+                        lanes = builder.insert_element(lanes, one, ir.Constant(INT, k))
+                    emit.add_to(total, lanes, lanes)
             emit.store(builder.fmul(emit.call("llvm.sqrt", FLOATS, builder.load(total)), up), emit.at(steps, here))
         return context.get_dummy_value()
 

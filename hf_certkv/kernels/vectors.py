@@ -124,6 +124,17 @@ class Emitter:
             result, step = self.builder.fadd(result, turned), 2 * step
         return result
 
+    def neighbours(self, vectors: Sequence[Any]) -> Any:
+        """The sums of n neighbouring lanes of n vectors, one behind the other; n is a power of two, at most 16."""
+        held = list(vectors)
+        while len(held) > 1:
+            pairs = zip(held[::2], held[1::2], strict=True)
+            held = [
+                self.builder.fadd(self.pick(x, y, range(0, 2 * LANES, 2)), self.pick(x, y, range(1, 2 * LANES, 2)))
+                for x, y in pairs
+            ]
+        return held[0]
+
     def exp(self, x: Any) -> Any:
         """exp(x) for x <= 0, to within EXP_ERROR (checked over every float); 0 below log(2^-126); NaN stays NaN.
 
