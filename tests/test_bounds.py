@@ -447,3 +447,31 @@ def test_rounding_terms_grow(name: str, function: Callable[[Tensor], Tensor]) ->
     made = function(torch.linspace(0, 3, 100, dtype=torch.float64))
     assert bool((made[1:] >= made[:-1]).all()) and bool((made > 0).all())
     assert not bool(torch.isfinite(function(torch.tensor([math.nan], dtype=torch.float64))).any())
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 3.0, 30.0])
+def test_the_second_mean_is_never_less_than_it_is(spread: float) -> None:
+    """From sums of powers of weights up to 1, of any shape, with and without those of higher powers."""
+    generator = torch.Generator().manual_seed(int(10 * spread))
+    scores = spread * torch.randn(200, 3, 16, generator=generator, dtype=torch.float64)
+    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
+    values = torch.randn(200, 1, 16, 8, generator=generator, dtype=torch.float64) + torch.linspace(0, 4, 200).view(-1, 1, 1, 1)
+    output = torch.einsum("nrt,nrtc->nrc", weights, values.expand(-1, 3, -1, -1)) / weights.sum(-1, keepdim=True)
+    output = output * torch.linspace(0, 2, 200, dtype=torch.float64).view(-1, 1, 1)
+    distances = (values - output.unsqueeze(2)).square().sum(-1)
+    total, square, cube, fourth = (weights.pow(power).sum(-1) for power in (1, 2, 3, 4))
+    norms = values.square().sum(-1)
+    moment = (weights * distances).sum(-1) / total
+    inner = (weights * (values * output.unsqueeze(2)).sum(-1)).sum(-1)
+    size, reach = output.square().sum(-1), norms.sqrt().amax(-1) + output.norm(dim=-1)
+    given = ((weights.square() * norms).sum(-1), inner, size, norms.sum(-1), reach, 24)
+    true = (weights.square() * distances).sum(-1) / square
+    found = bounds.square_moment_bound(moment, (total, square, cube, fourth), *given)
+    assert bool((found >= true).all())
+    by_weight = bounds.square_moment_bound(moment, (total, square, cube, torch.full_like(fourth, torch.nan)), *given)
+    assert bool((by_weight >= found).all())
+    assert spread == 0.0 or bool((by_weight > found).any())
+    if spread == 0.0:  # equal weights: both means are one
+        assert bool((found <= true * (1 + 1e-4) + 1e-4 * reach.square()).all())
+    overflown = bounds.square_moment_bound(torch.full_like(moment, torch.inf), (total, square, cube, fourth), *given)
+    assert bool((overflown == torch.inf).all())
