@@ -30,12 +30,23 @@ def write_documents(result: dict[str, Any], page: Path = DOCUMENT, pictures: Pat
     fill(readme, "speed", speed_block(result))
 
 
+def _joined(numbers: tuple[int, ...]) -> str:
+    return ",".join(str(one) for one in numbers)
+
+
+def _numbers(words: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in words.split(","))
+
+
 @app.command()
 def measure(
     threads: Annotated[int | None, typer.Option(help="of torch")] = None,
     rounds: Annotated[int, typer.Option(help="samples of each system")] = 9,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     what: Annotated[str, typer.Option(help="parts, with commas")] = ",".join(PARTS),
+    contexts: Annotated[str, typer.Option(help="tokens held, with commas")] = _joined(BenchOptions.contexts),
+    prefills: Annotated[str, typer.Option(help="prompts of the prefill part, with commas")] = _joined(BenchOptions.prefills),
+    shapes: Annotated[bool, typer.Option(help="other head sizes and batches than 128 and 1 as well")] = True,
 ) -> None:
     """Measure everything, saving after each part, then write the documents."""
     quiet_libraries()
@@ -44,7 +55,10 @@ def measure(
     def save(result: dict[str, Any]) -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
-    options = BenchOptions(threads=threads, rounds=rounds, device=device, what=tuple(what.split(",")))
+    sizes: dict[str, Any] = {"contexts": _numbers(contexts), "prefills": _numbers(prefills)}
+    if not shapes:
+        sizes |= {"head_dims": (128,), "batches": (1,)}
+    options = BenchOptions(threads=threads, rounds=rounds, device=device, what=tuple(what.split(",")), **sizes)
     result = run(options, lambda part, text: print(f"{part}: {text}", flush=True), save)
     if device == "cpu":
         write_documents(result)
