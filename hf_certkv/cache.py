@@ -281,12 +281,20 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         return max(lengths, default=0)
 
 
-def storage_bytes(attributes: dict[str, Any]) -> int:
-    """Bytes that the tensors among a layer's attributes keep alive: whole storages, each counted once."""
+def storage_bytes(root: Any) -> int:
+    """Bytes that the tensors in attributes, lists and dictionaries keep alive: whole storages, each counted once.
+
+    Tensors that are made of tensors, as those of quantisation libraries are, count with their parts.
+    """
     storages: dict[int, int] = {}
 
     def visit(value: Any) -> None:
         if isinstance(value, Tensor):
+            if hasattr(value, "__tensor_flatten__"):
+                names, _ = value.__tensor_flatten__()
+                for name in names:
+                    visit(getattr(value, name))
+                return
             storage = value.untyped_storage()
             storages[storage._cdata] = storage.nbytes()
         elif isinstance(value, (list, tuple)):
@@ -296,5 +304,5 @@ def storage_bytes(attributes: dict[str, Any]) -> int:
             for part in value.values():
                 visit(part)
 
-    visit(attributes)
+    visit(root)
     return sum(storages.values())

@@ -25,6 +25,7 @@ from hf_certkv.bench.plots import QUESTIONS, draw_all
 from hf_certkv.bench.report import document, sections, speed_block, unavailable
 from hf_certkv.bench.systems import DYNAMIC, all_systems, by_format
 from hf_certkv.bench.traces import TRACES, errors, exact_attention, make_trace, statistics_of
+from hf_certkv.cache import storage_bytes
 from hf_certkv.cli import app
 
 CPU = torch.device("cpu")
@@ -179,9 +180,9 @@ def test_a_system_that_is_missing_or_broken_says_why() -> None:
 
 def test_counted_bytes_look_into_wrapped_tensors() -> None:
     plain = torch.zeros(10, dtype=torch.float32)
-    assert memory.tensor_bytes([plain, {"view": plain[:3]}, (torch.zeros(2, dtype=torch.int8), 5)]) == 42
+    assert storage_bytes([plain, {"view": plain[:3]}, (torch.zeros(2, dtype=torch.int8), 5)]) == 42
     masked = torch.nested.nested_tensor([torch.zeros(3), torch.zeros(5)], layout=torch.jagged)  # a tensor made of tensors
-    assert memory.tensor_bytes(masked) >= 32
+    assert storage_bytes(masked) >= 32
 
 
 def test_too_little_memory_means_groups_and_then_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

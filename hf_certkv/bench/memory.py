@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..cache import CertifiedQuantizedCache
+from ..cache import CertifiedQuantizedCache, storage_bytes
 from ..config import CertKVConfig
 from ..plan import plan_memory
 from .model import DTYPE, KV_HEADS, model_config
@@ -29,31 +28,7 @@ def counted(cache: Any) -> dict[str, int]:
     if isinstance(cache, CertifiedQuantizedCache):
         memory = cache.memory()
         return {"device_bytes": memory.device + memory.working, "host_bytes": memory.host}
-    return {"device_bytes": tensor_bytes([vars(layer) for layer in cache.layers]), "host_bytes": 0}
-
-
-def tensor_bytes(root: Any) -> int:
-    """As `hf_certkv.cache.storage_bytes`, and into tensors that are made of tensors, as quanto's are."""
-    storages: dict[int, int] = {}
-
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            if hasattr(value, "__tensor_flatten__"):
-                names, _ = value.__tensor_flatten__()
-                for name in names:
-                    visit(getattr(value, name))
-                return
-            storage = value.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        elif isinstance(value, (list, tuple)):
-            for part in value:
-                visit(part)
-        elif isinstance(value, dict):
-            for part in value.values():
-                visit(part)
-
-    visit(root)
-    return sum(storages.values())
+    return {"device_bytes": storage_bytes([vars(layer) for layer in cache.layers]), "host_bytes": 0}
 
 
 def dense_bytes(context: int, head_dim: int, batch: int, layers: int) -> int:

@@ -5,6 +5,7 @@ Why the results are those of the codecs, and the numbers upper bounds as theirs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,16 @@ def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], fir
     return torch.from_numpy(left).view(batch, heads, blocks)
 
 
+def _words(parts: list[Tensor | None]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Of each part that there is: its words `[batch, kv_heads, places, n]`, their multipliers, and whether it is the first."""
+    for place, part in enumerate(parts):
+        if part is None:
+            continue
+        raw = part.flatten(3).view(torch.uint8)
+        words = raw.view(torch.int32) if raw.shape[-1] % 4 == 0 else raw
+        yield words.numpy(), multipliers(place, words.shape[-1], words.device).numpy(), place == 0
+
+
 def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int) -> None:
     """The checksums of `blocks` blocks from `first` on, as `block_checksum` takes them.
 
@@ -218,13 +229,8 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
     """
     batch, heads = checksums.shape[:2]
     out = checksums.numpy()
-    for place, part in enumerate(parts):
-        if part is None:
-            continue
-        raw = part.flatten(3).view(torch.uint8)
-        words = raw.view(torch.int32) if raw.shape[-1] % 4 == 0 else raw
-        factors = multipliers(place, words.shape[-1], words.device).numpy()
-        given = (words.numpy(), factors, (heads, blocks), first, out, place == 0)
+    for words, factors, fresh in _words(parts):
+        given = (words, factors, (heads, blocks), first, out, fresh)
         threads.run(lambda start, stop, given=given: _sign(*given, start, stop), batch * heads * blocks)  # type: ignore[misc]
 
 
@@ -246,12 +252,7 @@ def signatures(parts: list[Tensor | None], index: tuple[Tensor, Tensor, Tensor])
     Args: parts: as in `sign`; index: int64 `[n]` each, batch row, KV head and place.
     """
     sums, where = np.empty(len(index[0]), np.int64), [part.numpy() for part in index]
-    for place, part in enumerate(parts):
-        if part is None:
-            continue
-        raw = part.flatten(3).view(torch.uint8)
-        words = raw.view(torch.int32) if raw.shape[-1] % 4 == 0 else raw
-        factors = multipliers(place, words.shape[-1], words.device).numpy()
-        given = (words.numpy(), factors, *where, sums, place == 0)
+    for words, factors, fresh in _words(parts):
+        given = (words, factors, *where, sums, fresh)
         threads.run(lambda start, stop, given=given: _sign_some(*given, start, stop), len(sums))  # type: ignore[misc]
     return torch.from_numpy(sums)
