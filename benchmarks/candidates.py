@@ -27,7 +27,7 @@ from hf_certkv.bench.harness import Timer
 from hf_certkv.bench.model import KV_HEADS, QUERY_HEADS, model_config
 from hf_certkv.bench.rows import evidence
 from hf_certkv.bench.traces import Trace, errors, exact_attention, make_trace
-from hf_certkv.kernels import cpu, cpu_step, threads
+from hf_certkv.kernels import cpu, cpu_step
 
 CHANNELS = 128
 attend = torch.nn.functional.scaled_dot_product_attention
@@ -90,7 +90,7 @@ def _fused(call: Call) -> cpu.FusedStep:
 
 
 def _certify(step: cpu.FusedStep) -> None:
-    threads.run(lambda start, stop: cpu_step.certify_again(step.task, step.claim, start, stop), step.units)
+    step._do(cpu_step.CERTIFY)
 
 
 def dense(trace: Trace) -> dict[str, Candidate]:

@@ -30,6 +30,16 @@ def is_kept(function: Any) -> bool:
         return False
 
 
+def address(function: Any) -> int:
+    """Where the C function `void f(intp)` of a kernel begins; compiled, or taken from disk, if that was not done before."""
+    from numba import types
+
+    function.compile((types.intp,))
+    compiled = function.overloads[(types.intp,)]
+    found: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+    return found
+
+
 @cache
 def version() -> str:
     """A digest of all sources that a kernel may be made of: other kernels that it calls, constants that it takes over."""

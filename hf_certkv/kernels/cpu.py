@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import bounds, stages
 from ..bounds import Certificate
-from . import threads
+from . import team, threads
 from .reference import Segments
 
 if TYPE_CHECKING:
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 LANES = 16
 ROWS = 4  # query rows of a tile, as in `micro`
+ITEMS = 4  # of work for each thread, at least, so that none waits long for the last; but spans of blocks no shorter than
+SPAN = 8
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _scratch = threading.local()
-_compiled = False
 
 
 def supports(step: DecodeStep) -> bool:
@@ -106,7 +107,7 @@ def working_bytes(units: int, rows: int, blocks: int, channels: int, width: int)
     """Bytes of scratch that a step needs: `units` KV heads of all batch rows, `rows` query rows of each."""
     every = units * padded(rows)
     segments, figures = every * (blocks + 1), 5 * units * rows * blocks
-    small = every * (12 * channels + 4) + units * (16 + 4 * blocks)
+    small = every * (12 * channels + 4) + units * (24 + 4 * blocks)
     return segments * (36 + 4 * width) + 8 * figures + 8 * every * blocks + small
 
 
@@ -250,23 +251,35 @@ class FusedStep:
         """The pass over everything at its base level, and its certificate."""
         from . import cpu_step
 
-        task, claim, query = self.task, self.claim, self.query
-        _compile(lambda: cpu_step.units(task, claim, query, 0, 0))
-        threads.run(lambda start, stop: cpu_step.units(task, claim, query, start, stop), self.units)
+        count = torch.get_num_threads()
+        spans = max(1, min(-(-ITEMS * count // self.units), self.blocks // SPAN)) if count > 1 else 1
+        if spans > 1:
+            self._do(cpu_step.PREPARE, 1)
+        self._do(cpu_step.WHOLE, spans)
+
+    def _do(self, what: int, spans: int = 1) -> None:
+        """One of the kinds of work of `cpu_step`, on torch's threads."""
+        from . import cpu_step
+
+        left, place = self.scratch("left", self.units, np.int64)
+        left[:] = spans
+        step = np.empty(1, cpu_step.STEP)
+        step[0] = (self.task, self.claim, (self.query, what, self.units, spans, place, 0, 0))
+        team.run(_address(), step.ctypes.data, min(torch.get_num_threads(), self.units * spans))
+        if step["work"]["done"][0] != self.units:
+            finished = int(step["work"]["done"][0])
+            raise MemoryError(f"no memory for scratch: the CPU kernel finished {finished} of {self.units} KV heads")
 
     def tell_stages(self) -> None:
         """What pass and certificate take, by doing both again, and the parts of the certificate by themselves."""
         from . import cpu_step
 
-        task, claim, query = self.task, self.claim, self.query
-
-        def seconds(share: Callable[[int, int], object]) -> float:
-            return min(stages.timed(lambda: threads.run(share, self.units))[0] for _ in range(3))
+        def seconds(call: Callable[[], None]) -> float:
+            return min(stages.timed(call)[0] for _ in range(3))
 
         def repeat() -> None:
-            whole = seconds(lambda start, stop: cpu_step.units(task, claim, query, start, stop))
-            merged = seconds(lambda start, stop: cpu_step.merge_again(task, claim, start, stop))
-            certified = seconds(lambda start, stop: cpu_step.certify_again(task, claim, start, stop)) - merged
+            whole, merged = seconds(self.run), seconds(lambda: self._do(cpu_step.MERGE))
+            certified = seconds(lambda: self._do(cpu_step.CERTIFY)) - merged
             stages.add(stages.CERTIFICATE, certified)
             stages.add(stages.PASS, whole - certified)
             stages.add(stages.AROUND, -whole)
@@ -279,9 +292,12 @@ class FusedStep:
 
         levels = key_level.contiguous(), value_level.contiguous()
         self.row_figures = np.empty_like(self.row_figures)  # those of before may be in use
-        claim = self.claim._replace(key_level=levels[0].data_ptr(), value_level=levels[1].data_ptr())
-        task, claim = self.task, claim._replace(row_figures=self.row_figures.ctypes.data)
-        threads.run(lambda start, stop: cpu_step.certify_again(task, claim, start, stop), self.units)
+        before, figures = self.claim, self.row_figures.ctypes.data
+        self.claim = before._replace(key_level=levels[0].data_ptr(), value_level=levels[1].data_ptr(), row_figures=figures)
+        try:
+            self._do(cpu_step.CERTIFY)
+        finally:
+            self.claim = before._replace(row_figures=figures)
 
     def segments(self) -> Segments:
         """Views of the pass's sums, without those by squared weights."""
@@ -305,10 +321,11 @@ class FusedStep:
 
     def redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
         """Put single blocks into the pass's sums anew. Args: keys, values: float32 `[n, block, channels]`, contiguous."""
-        from . import cpu_redo
+        from . import cpu_pass, cpu_redo
 
-        task, (units, numbers) = self.task, self._units(index)
-        given = (task, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
+        task, (units, numbers) = np.empty(1, cpu_pass.TASK), self._units(index)
+        task[0] = self.task
+        given = (task.ctypes.data, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
         threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units))
 
     def _units(self, index: Index) -> tuple[Tensor, Tensor]:
@@ -333,16 +350,14 @@ class FusedStep:
         return Certificate(bound, fixed, key_total, value_total, self.block_figure(2), self.block_figure(3))
 
 
-def _compile(nothing: Callable[[], object]) -> None:
-    """Have the kernel compiled by a call that does nothing, once, and not in every thread; with a word to the user."""
-    global _compiled
-    if not _compiled:
-        from . import compiling, cpu_step
+@lru_cache(maxsize=1)
+def _address() -> int:
+    """Where the compiled step begins; it is compiled once, and not in every thread, with a word to the user."""
+    from . import compiling, cpu_step
 
-        if not compiling.is_kept(cpu_step.units):
-            compiling.announce()
-        nothing()
-        _compiled = True
+    if not compiling.is_kept(cpu_step.share):
+        compiling.announce()
+    return compiling.address(cpu_step.share)
 
 
 def _along_tokens(bias: Tensor | None) -> Tensor | None:

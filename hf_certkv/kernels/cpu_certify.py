@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import bounds
 from ..codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
-from . import micro, micro_combine
+from . import memory, micro_combine
 from .compiling import part, swift, unrolled
 from .cpu_pass import BFLOAT16, FLOAT32, Task
 from .reference import RESCALINGS
@@ -71,6 +71,9 @@ class Claim(NamedTuple):
     absolute: float
 
 
+CLAIM = memory.record(Claim)
+
+
 @part
 def least(x: float, y: float) -> float:
     """The smaller of two numbers; NaN if one is."""
@@ -93,13 +96,13 @@ def gamma(n: float) -> float:
 @part
 def radii(task: Task, claim: Claim, unit: int, key_norm: float, value_norm: float) -> None:
     """Keep the largest norms of a unit's keys and values: those given, of its exact tokens, or of its blocks."""
-    keys = micro.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, task.blocks * claim.key_count)
-    values = micro.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, task.blocks * claim.value_count)
+    keys = memory.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, task.blocks * claim.key_count)
+    values = memory.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, task.blocks * claim.value_count)
     for number in range(task.blocks):
         key_norm = most(key_norm, np.float64(keys[(number + 1) * claim.key_count - 1]))
         value_norm = most(value_norm, np.float64(values[(number + 1) * claim.value_count - 1]))
-    micro.float64s(claim.key_norm, claim.units)[unit] = key_norm
-    micro.float64s(claim.value_norm, claim.units)[unit] = value_norm
+    memory.float64s(claim.key_norm, claim.units)[unit] = key_norm
+    memory.float64s(claim.value_norm, claim.units)[unit] = value_norm
 
 
 @part
@@ -107,21 +110,22 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
     """Outputs and bounds of one unit's rows."""
     blocks, width, used = task.blocks, task.width, task.used
     segments, first = blocks + 1, unit * task.rows * (blocks + 1)
-    key_norm = micro.float64s(claim.key_norm, claim.units)[unit]
-    value_norm = micro.float64s(claim.value_norm, claim.units)[unit]
-    top = micro.float32s(claim.top + 4 * unit * task.rows, task.rows)
+    key_norm = memory.float64s(claim.key_norm, claim.units)[unit]
+    value_norm = memory.float64s(claim.value_norm, claim.units)[unit]
+    top = memory.float32s(claim.top + 4 * unit * task.rows, task.rows)
     factors, weights, inner = np.empty(segments), np.empty(segments, np.float32), np.empty(segments, np.float32)
     output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
     numbers = np.empty((NUMBERS, blocks))
     _numbers(task, claim, unit, numbers)
-    squares = micro.float32s(task.squares + 4 * unit * blocks, blocks)
-    rows = micro.float64s(claim.row_figures, 7 * claim.units * used)
+    squares = memory.float32s(task.squares + 4 * unit * blocks, blocks)
+    rows = memory.float64s(claim.row_figures, 7 * claim.units * used)
     for row in range(used):
         start, mine = first + row * segments, unit * used + row
-        maximum, sums = micro.float32s(task.maximum + 4 * start, segments), micro.float32s(task.sums + 32 * start, 8 * segments)
-        raw = micro.float32s(claim.raw + 4 * (unit * task.rows + row) * task.channels, task.channels)
+        maximum = memory.float32s(task.maximum + 4 * start, segments)
+        sums = memory.float32s(task.sums + 32 * start, 8 * segments)
+        raw = memory.float32s(claim.raw + 4 * (unit * task.rows + row) * task.channels, task.channels)
         slack, rounding = _slack(task, claim, raw, key_norm, value_norm)
-        sink = micro.float32s(claim.sink, claim.units * used)[mine] if claim.sink != 0 else -np.float32(np.inf)
+        sink = memory.float32s(claim.sink, claim.units * used)[mine] if claim.sink != 0 else -np.float32(np.inf)
         normaliser, sink_mass = _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
         first_output, apart = unit * segments * task.rows * width + row * width, task.rows * width
         micro_combine.mix(task.output, first_output, apart, weights.ctypes.data, segments, output.ctypes.data, width)
@@ -133,7 +137,7 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         figures, between = claim.block_figures + 8 * mine * blocks, 8 * claim.units * used * blocks
         value_total, expected = _values(maximum, sums, factors, normaliser, inflate, numbers, figures, between)
         places = (unit * task.rows + row) * blocks
-        l1, l2 = micro.float32s(task.query_l1 + 4 * places, blocks), micro.float32s(task.query_l2 + 4 * places, blocks)
+        l1, l2 = memory.float32s(task.query_l1 + 4 * places, blocks), memory.float32s(task.query_l2 + 4 * places, blocks)
         key_total = _keys(
             maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, output,
             exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
@@ -157,8 +161,9 @@ def merge(task: Task, claim: Claim, unit: int) -> None:
     output, shown = np.empty(width, np.float32), np.empty(width, np.float32)
     for row in range(task.used):
         start, mine = (unit * task.rows + row) * segments, unit * task.used + row
-        maximum, sums = micro.float32s(task.maximum + 4 * start, segments), micro.float32s(task.sums + 32 * start, 8 * segments)
-        sink = micro.float32s(claim.sink, claim.units * task.used)[mine] if claim.sink != 0 else -np.float32(np.inf)
+        maximum = memory.float32s(task.maximum + 4 * start, segments)
+        sums = memory.float32s(task.sums + 32 * start, 8 * segments)
+        sink = memory.float32s(claim.sink, claim.units * task.used)[mine] if claim.sink != 0 else -np.float32(np.inf)
         _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
         first = unit * segments * apart + row * width
         micro_combine.mix(task.output, first, apart, weights.ctypes.data, segments, output.ctypes.data, width)
@@ -169,13 +174,13 @@ def merge(task: Task, claim: Claim, unit: int) -> None:
 def _numbers(task: Task, claim: Claim, unit: int, numbers: np.ndarray) -> None:
     """What is stored of a unit's blocks at their levels: a row of `numbers` each. Values at the originals have no error."""
     blocks = task.blocks
-    keys = micro.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, blocks * claim.key_count)
-    values = micro.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, blocks * claim.value_count)
+    keys = memory.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, blocks * claim.key_count)
+    values = memory.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, blocks * claim.value_count)
     for block in range(blocks):
         key_level = value_level = 0
         if claim.key_level != 0:
-            key_level = micro.int64s(claim.key_level + 8 * unit * blocks, blocks)[block]
-            value_level = micro.int64s(claim.value_level + 8 * unit * blocks, blocks)[block]
+            key_level = memory.int64s(claim.key_level + 8 * unit * blocks, blocks)[block]
+            value_level = memory.int64s(claim.value_level + 8 * unit * blocks, blocks)[block]
         key, value = block * claim.key_count, block * claim.value_count
         key += PER_LEVEL if key_level == 1 else 0
         value += PER_LEVEL if value_level == 1 else 0
@@ -242,8 +247,8 @@ def _values(
 ) -> tuple[float, float]:  # fmt: skip
     """`value_error` of the blocks, added up, and the expected error; masses, mean steps and parts at `figures`."""
     blocks = len(maximum) - 1
-    masses, parts = micro.float64s(figures, blocks), micro.float64s(figures + 3 * between, blocks)
-    steps = micro.float64s(figures + 4 * between, blocks)
+    masses, parts = memory.float64s(figures, blocks), memory.float64s(figures + 3 * between, blocks)
+    steps = memory.float64s(figures + 4 * between, blocks)
     eta, sigma, rms = numbers[VALUE_ETA], numbers[VALUE_SIGMA], numbers[VALUE_MEAN]
     total_error, expected, inverse = 0.0, 0.0, 1 / normaliser
     for block in range(blocks):
@@ -270,8 +275,8 @@ def _keys(
 ) -> float:  # fmt: skip
     """`key_error` of the blocks over the least normaliser, added up, or its cap; shifts and parts at `figures`."""
     blocks = len(maximum) - 1
-    masses, shifts = micro.float64s(figures, blocks), micro.float64s(figures + between, blocks)
-    parts = micro.float64s(figures + 2 * between, blocks)
+    masses, shifts = memory.float64s(figures, blocks), memory.float64s(figures + between, blocks)
+    parts = memory.float64s(figures + 2 * between, blocks)
     radius, eta, approximate = numbers[BLOCK_RADIUS], numbers[VALUE_ETA], numbers[APPROXIMATE]
     kappa, epsilon, sigma = numbers[KEY_KAPPA], numbers[KEY_EPSILON], numbers[KEY_SIGMA]
     size, inverse = 0.0, 1 / normaliser
@@ -377,13 +382,13 @@ def _cap(active_up: float, worst: float, value_norm: float) -> float:
 def _round(output: np.ndarray, shown: np.ndarray, result: int, start: int, dtype: int) -> float:
     """Write an output in the cache's type, rounded to nearest even; the L2 norm of what was written."""
     count, total = len(output), 0.0
-    bits, shown_bits = micro.uint32s(output.ctypes.data, count), micro.uint32s(shown.ctypes.data, count)
+    bits, shown_bits = memory.uint32s(output.ctypes.data, count), memory.uint32s(shown.ctypes.data, count)
     if dtype == FLOAT32:
-        numbers = micro.float32s(result + 4 * start, count)
+        numbers = memory.float32s(result + 4 * start, count)
         for c in range(count):
             shown[c] = numbers[c] = output[c]
     elif dtype == BFLOAT16:
-        halves = micro.uint16s(result + 2 * start, count)
+        halves = memory.uint16s(result + 2 * start, count)
         for c in range(count):
             upper = np.uint32(bits[c] + np.uint32(0x7FFF) + ((bits[c] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             if output[c] != output[c]:
@@ -391,7 +396,7 @@ def _round(output: np.ndarray, shown: np.ndarray, result: int, start: int, dtype
             halves[c] = upper
             shown_bits[c] = upper << np.uint32(16)
     else:
-        halves = micro.uint16s(result + 2 * start, count)
+        halves = memory.uint16s(result + 2 * start, count)
         for c in range(count):
             shown[c] = _float16(np.float64(output[c]), halves, c)
     for c in range(count):

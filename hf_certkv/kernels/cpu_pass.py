@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import micro
+from . import memory, micro
 from .compiling import part
 from .cpu import ROWS
 from .vectors import LANES
@@ -71,9 +71,12 @@ class Task(NamedTuple):
     step_up: float
 
 
+TASK = memory.record(Task)
+
+
 @part
-def blocks(task: Task, unit: int) -> None:
-    """All blocks of one unit."""
+def blocks(task: Task, unit: int, first: int, last: int) -> None:
+    """Blocks first..last-1 of one unit."""
     block, channels, width, rows, groups = task.block, task.channels, task.width, task.rows, task.groups
     held = (np.empty(2 * channels, np.float32), np.empty(rows * block, np.float32), np.empty(block * LANES, np.float32))
     grid, scores, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
@@ -81,11 +84,11 @@ def blocks(task: Task, unit: int) -> None:
     scale, offset = more[0].ctypes.data, more[0].ctypes.data + 4 * block * groups
     steps, norms = more[1].ctypes.data, more[1].ctypes.data + 4 * block
     count = rows * task.blocks
-    query_l1 = micro.float32s(task.query_l1 + 4 * unit * count, count)
-    query_l2 = micro.float32s(task.query_l2 + 4 * unit * count, count)
+    query_l1 = memory.float32s(task.query_l1 + 4 * unit * count, count)
+    query_l2 = memory.float32s(task.query_l2 + 4 * unit * count, count)
     query, sizes = task.query + 4 * unit * rows * channels, task.sizes + 4 * unit * rows * channels
     pitch = width if task.bits == 8 else width // 2
-    for number in range(task.blocks):
+    for number in range(first, last):
         here = unit * task.room + number
         micro.from_float16(task.key_scale, here * channels * 2, grid, 0, channels)
         micro.from_float16(task.key_offset, here * channels * 2, grid, channels, channels)
@@ -144,8 +147,8 @@ def biased(task: Task, unit: int, number: int, scores: int, block: int) -> None:
 def moments_of(task: Task, unit: int, number: int, weights: int, norms: int) -> None:
     """What a block's weights and its values' squared norms add up to: the squares' total, the moments of each row."""
     block, count = task.block, task.rows * (task.blocks + 1)
-    sums = micro.float32s(task.sums + 32 * unit * count, 8 * count)
-    micro.float32s(task.squares + 4 * unit * task.blocks, task.blocks)[number] = _total(norms, block)
+    sums = memory.float32s(task.sums + 32 * unit * count, 8 * count)
+    memory.float32s(task.squares + 4 * unit * task.blocks, task.blocks)[number] = _total(norms, block)
     for row in range(task.rows):
         place = (row * (task.blocks + 1) + number) * 8
         sums[place + 2], sums[place + 3] = micro.moments(weights, row * block, norms, 0, block)
@@ -192,14 +195,14 @@ def _bias_of(strides: tuple[int, int, int], heads: int, unit: int) -> tuple[int,
 
 @part
 def _add(numbers: int, more: int, count: int) -> None:
-    to, what = micro.float32s(numbers, count), micro.float32s(more, count)
+    to, what = memory.float32s(numbers, count), memory.float32s(more, count)
     for i in range(count):
         to[i] += what[i]
 
 
 @part
 def _cap(numbers: int, count: int, softcap: float) -> None:
-    scores, cap = micro.float32s(numbers, count), np.float32(softcap)
+    scores, cap = memory.float32s(numbers, count), np.float32(softcap)
     for i in range(count):
         scores[i] = np.float32(math.tanh(np.float64(scores[i] / cap))) * cap
 
@@ -208,7 +211,7 @@ def _cap(numbers: int, count: int, softcap: float) -> None:
 def _weigh(task: Task, unit: int, number: int, scores: int, steps: int, tokens: int) -> None:
     """Scores `[rows, tokens]` to weights, in place; the maximum and the sums of segment `number`."""
     count = task.rows * (task.blocks + 1)
-    maximum = micro.float32s(task.maximum + 4 * unit * count, count)
+    maximum = memory.float32s(task.maximum + 4 * unit * count, count)
     for row in range(task.rows):
         place = row * (task.blocks + 1) + number
         most = micro.largest(scores, row * tokens, tokens)
@@ -220,7 +223,7 @@ def _weigh(task: Task, unit: int, number: int, scores: int, steps: int, tokens: 
 @part
 def _total(numbers: int, count: int) -> float:
     total = np.float32(0)
-    for x in micro.float32s(numbers, count):
+    for x in memory.float32s(numbers, count):
         total += x
     return total
 

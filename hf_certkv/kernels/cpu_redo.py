@@ -7,12 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..codecs import LOW_BITS, MIDDLE
-from . import cpu_pass, micro, micro_combine
+from . import cpu_pass, memory, micro, micro_combine
 from .compiling import kernel, part
-from .cpu_pass import Task
+from .cpu_pass import TASK
 from .vectors import LANES
 
 FINE = 2.0**-LOW_BITS
+_task = memory.reader(TASK)
 
 
 class Coded(NamedTuple):
@@ -41,7 +42,7 @@ def read(coded: Coded, units: int, numbers: int, levels: int, count: int, out: i
     Args: units, numbers, levels: addresses of int64 `[count]`: KV head of all batch rows, block, level.
     """
     tokens, channels = coded.tokens, coded.channels
-    unit, number, level = micro.int64s(units, count), micro.int64s(numbers, count), micro.int64s(levels, count)
+    unit, number, level = memory.int64s(units, count), memory.int64s(numbers, count), memory.int64s(levels, count)
     scales = tokens * coded.groups if coded.group else channels
     padded = -(-scales // LANES) * LANES
     grid = np.empty(2 * padded, np.float32)
@@ -104,7 +105,7 @@ def _scales(source: int, start: int, count: int, grid: np.ndarray, to: int) -> N
     micro.from_float16(source, start * 2, grid.ctypes.data, to, whole)
     if whole < count:
         bits, last = np.zeros(LANES, np.uint16), np.empty(LANES, np.float32)
-        halves = micro.uint16s(source + 2 * (start + whole), count - whole)
+        halves = memory.uint16s(source + 2 * (start + whole), count - whole)
         for k in range(count - whole):
             bits[k] = halves[k]
         micro.from_float16(bits.ctypes.data, 0, last.ctypes.data, 0, LANES)
@@ -114,13 +115,14 @@ def _scales(source: int, start: int, count: int, grid: np.ndarray, to: int) -> N
 
 
 @kernel(error_model="numpy")
-def redo(task: Task, units: int, numbers: int, count: int, keys: int, values: int, start: int, stop: int) -> None:
+def redo(task_at: int, units: int, numbers: int, count: int, keys: int, values: int, start: int, stop: int) -> None:
     """Put blocks start..stop-1 of `count` into a pass's sums, in place of what they were.
 
-    Args: units, numbers: addresses of int64 `[count]`; keys, values: of float32 `[count, tokens, channels]`.
+    Args: task_at: address of a `Task`; units, numbers: int64 `[count]`; keys, values: float32 `[count, tokens, channels]`.
     """
+    task = _task(task_at)
     block, channels, width, groups = task.block, task.channels, task.width, task.groups
-    unit, number = micro.int64s(units, count), micro.int64s(numbers, count)
+    unit, number = memory.int64s(units, count), memory.int64s(numbers, count)
     held = (np.empty(task.rows * block, np.float32), np.empty(block * LANES, np.float32), np.empty(block, np.float32))
     steps = np.empty(block, np.float32)
     scale = np.empty(block * groups, np.float32)

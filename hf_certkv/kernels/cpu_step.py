@@ -1,47 +1,82 @@
-"""A share of a step's units, in one numba call: query, pass, certificate."""
+"""A step on the CPU, in one numba function that several threads call at once: query, pass, certificate."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from . import cpu_certify, cpu_pass, micro
+from . import cpu_certify, cpu_pass, memory
 from .compiling import kernel, part
-from .cpu_certify import Claim
-from .cpu_pass import Task
+from .cpu_certify import CLAIM, Claim
+from .cpu_pass import TASK, Task
+
+WHOLE, PREPARE, CERTIFY, MERGE = range(4)
+
+
+class Work(NamedTuple):
+    """How the work is divided: items, of which each thread takes the next that nobody has taken.
+
+    Attributes:
+        query: address of `[U, used, channels]` in the cache's type.
+        what: WHOLE, a step from the beginning; PREPARE, only its query rows; CERTIFY, the certificates of sums or levels that
+            have changed; MERGE, only what attention needs of that, to know how long that takes.
+        units: KV heads of all batch rows; spans: items that the blocks of each are divided into, with WHOLE. If there are
+            several, the query rows are prepared beforehand.
+        left: address of int64 `[U]`: spans of each unit that are still to be done.
+        taken, done: items taken, and units that are finished.
+    """
+
+    query: int
+    what: int
+    units: int
+    spans: int
+    left: int
+    taken: int
+    done: int
+
+
+WORK = memory.record(Work)
+STEP = np.dtype([("task", TASK), ("claim", CLAIM), ("work", WORK)])
+CLAIM_AT, WORK_AT = TASK.itemsize, TASK.itemsize + CLAIM.itemsize
+TAKEN_AT, DONE_AT = WORK_AT + WORK.fields["taken"][1], WORK_AT + WORK.fields["done"][1]  # type: ignore[index]
+_task, _claim, _work = memory.reader(TASK), memory.reader(CLAIM), memory.reader(WORK)
 
 
 @kernel(error_model="numpy")
-def units(task: Task, claim: Claim, query: int, start: int, stop: int) -> None:
-    """Units start..stop-1 from the beginning. Args: query: address of `[U, used, channels]` in the cache's type."""
-    for unit in range(start, stop):
-        _prepare(task, claim, query, unit)
-        cpu_pass.blocks(task, unit)
-        key_norm, value_norm = cpu_pass.exact_tokens(task, unit)
-        cpu_certify.radii(task, claim, unit, key_norm, value_norm)
-        cpu_certify.certify(task, claim, unit)
-
-
-@kernel(error_model="numpy")
-def certify_again(task: Task, claim: Claim, start: int, stop: int) -> None:
-    """The certificates of units start..stop-1, whose sums or levels have changed."""
-    for unit in range(start, stop):
-        cpu_certify.certify(task, claim, unit)
-
-
-@kernel(error_model="numpy")
-def merge_again(task: Task, claim: Claim, start: int, stop: int) -> None:
-    """Only what attention needs of `certify_again`, to know how long that takes."""
-    for unit in range(start, stop):
-        cpu_certify.merge(task, claim, unit)
+def share(step: int) -> None:
+    """Take items of the step at an address until none is left."""
+    task, claim, work = _task(step), _claim(step + CLAIM_AT), _work(step + WORK_AT)
+    spans = work.spans if work.what == WHOLE else 1
+    while True:
+        item = memory.add_shared(step + TAKEN_AT, 1)
+        if item >= work.units * spans:
+            return
+        unit, span = item // spans, item % spans
+        if work.what == MERGE:
+            cpu_certify.merge(task, claim, unit)
+        elif work.what == PREPARE:
+            _prepare(task, claim, work.query, unit)
+        else:
+            if work.what == WHOLE:
+                if spans == 1:
+                    _prepare(task, claim, work.query, unit)
+                cpu_pass.blocks(task, unit, task.blocks * span // spans, task.blocks * (span + 1) // spans)
+                if spans > 1 and memory.add_shared(work.left + 8 * unit, -1) > 1:
+                    continue
+                key_norm, value_norm = cpu_pass.exact_tokens(task, unit)
+                cpu_certify.radii(task, claim, unit, key_norm, value_norm)
+            cpu_certify.certify(task, claim, unit)
+        memory.add_shared(step + DONE_AT, 1)
 
 
 @part
 def _prepare(task: Task, claim: Claim, query: int, unit: int) -> None:
     """One unit's query rows: as they are, scaled, and their magnitudes over the largest; padding is 0."""
     channels, scaling, count = task.channels, np.float32(claim.scaling), task.rows * task.channels
-    raw = micro.float32s(claim.raw + 4 * unit * count, count)
-    scaled, sizes = micro.float32s(task.query + 4 * unit * count, count), micro.float32s(task.sizes + 4 * unit * count, count)
-    tops = micro.float32s(claim.top + 4 * unit * task.rows, task.rows)
+    raw = memory.float32s(claim.raw + 4 * unit * count, count)
+    scaled, sizes = memory.float32s(task.query + 4 * unit * count, count), memory.float32s(task.sizes + 4 * unit * count, count)
+    tops = memory.float32s(claim.top + 4 * unit * task.rows, task.rows)
     for c in range(task.used * channels, count):
         raw[c] = 0
     cpu_pass.widen(query, unit * task.used * channels, task.used * channels, task.dtype, claim.raw + 4 * unit * count)

@@ -10,20 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic as _intrinsic
 
 from ..codecs import LOW_BITS, MIDDLE
-from .compiling import part
 from .cpu import ROWS
+from .memory import intrinsic
 from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, Emitter, floats, ints, long
 
 # A tile's scores are of ROWS rows and ROWS tokens: ROWS * ROWS accumulators.
 USUAL_GROUPS = 4  # value groups of a token that have code of their own: 128 channels, 32 a group
 STRIP = 4  # vectors of channels that are gathered at a time: ROWS * STRIP accumulators
 INDEX = types.intp
-intrinsic: Any = _intrinsic  # its calls look otherwise than its definition
 
 
 def _emitter(context: Any, builder: Any, arguments: Any) -> tuple[Emitter, Any]:
@@ -390,51 +388,3 @@ def dot(typing: Any, x: Any, at: Any, y: Any, to: Any, count: Any) -> Any:
         return builder.extract_element(emit.sums([builder.load(held)]), ir.Constant(INT, 0))
 
     return signature, generate
-
-
-def _pointer_to(kind: Any) -> Any:
-    @intrinsic
-    def pointer_to(typing: Any, address: Any) -> Any:
-        """An address as a typed pointer."""
-        signature = types.CPointer(kind)(INDEX)
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return signature, generate
-
-    return pointer_to
-
-
-_float_pointer, _double_pointer, _long_pointer = (_pointer_to(kind) for kind in (types.float32, types.float64, types.int64))
-_short_pointer, _bits_pointer = _pointer_to(types.uint16), _pointer_to(types.uint32)
-
-
-@part
-def float32s(address: int, count: int) -> Any:
-    """The array of `count` float32 numbers at an address."""
-    return carray(_float_pointer(address), count)
-
-
-@part
-def float64s(address: int, count: int) -> Any:
-    """The array of `count` float64 numbers at an address."""
-    return carray(_double_pointer(address), count)
-
-
-@part
-def int64s(address: int, count: int) -> Any:
-    """The array of `count` int64 numbers at an address."""
-    return carray(_long_pointer(address), count)
-
-
-@part
-def uint16s(address: int, count: int) -> Any:
-    """The array of `count` 16-bit numbers at an address."""
-    return carray(_short_pointer(address), count)
-
-
-@part
-def uint32s(address: int, count: int) -> Any:
-    """The array of `count` float32 numbers at an address, by their bits."""
-    return carray(_bits_pointer(address), count)

@@ -7,7 +7,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from .micro import INDEX, STRIP, intrinsic
+from .memory import intrinsic
+from .micro import INDEX, STRIP
 from .vectors import BYTE, BYTES, FLOAT, FLOATS, INT, INTS, LANES, LONG, Emitter, floats, long
 
 FOUR = 4  # segments at a time
