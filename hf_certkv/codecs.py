@@ -34,6 +34,7 @@ PER_LEVEL = 3
 KAPPA, EPSILON, KEY_SPECTRAL = 0, 1, 2  # max |e/S|, max ||e_t/S||_2, spectral norm of the rows e_t/S
 # With g_t = f_t over the token's step: max ||g_t||_2, spectral norm of the rows g_t, root mean square of ||g_t||_2.
 ETA, VALUE_SPECTRAL, VALUE_RMS = 0, 1, 2
+LENGTHS = 65535  # codes of a value's squared norm, as shares of the block's squared radius
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class EncodedBlocks:
         offset: float16, shaped as `scale`.
         numbers: float32 `[..., levels * 3 + 1]`: per level the three numbers named above, and last the radius
             `max_t` of the L2 norm over the originals and all levels.
+        lengths: int16 `[..., block]` of values, None for keys: see `length_codes`.
     """
 
     codes: Tensor
@@ -54,6 +56,7 @@ class EncodedBlocks:
     scale: Tensor
     offset: Tensor
     numbers: Tensor
+    lengths: Tensor | None = None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -135,6 +138,25 @@ def spectral_bound(rows: Tensor, row_norm: Tensor) -> Tensor:
 def round_up(x: Tensor) -> Tensor:
     """float32 at least as large as the real number that float64 `x >= 0` stands for; 0 stays 0, NaN stays NaN."""
     return torch.where(x == 0, x, x * SLACK + TINY).float()
+
+
+def length_codes(squares: Tensor, radius: Tensor) -> Tensor:
+    """||v_t||^2 of the values as level 0 reads them, in 65535ths of the block's squared radius, rounded up   [section 2].
+
+    A kernel that reads integers never has the numbers themselves, and `mean_radius` needs their norms.
+
+    Args: squares: float64 `[..., block]`; radius: float32 `[...]`, at least their roots.
+    Returns: int16 `[..., block]`, to be read as unsigned; 65535 where something is not finite.
+    """
+    most = radius.double().square().unsqueeze(-1)
+    share = torch.where(most > 0, squares / most, torch.zeros_like(squares))
+    codes = torch.ceil(share * (LENGTHS * (1 + 2.0**-30))).nan_to_num(LENGTHS, LENGTHS).clamp(0, LENGTHS)
+    return codes.to(torch.int32).to(torch.int16)
+
+
+def read_lengths(lengths: Tensor, radius: Tensor) -> Tensor:
+    """Upper bounds of the squared norms that `length_codes` stands for: float64 `[..., block]`."""
+    return (lengths.to(torch.int32) & LENGTHS).double() * (radius.double().square() / LENGTHS).unsqueeze(-1)
 
 
 def token_steps(scale: Tensor) -> Tensor:
@@ -219,11 +241,12 @@ class ValueCodec:
         grouped = filled.unflatten(-1, (groups, size))
         low, high = grouped.amin(dim=-1, keepdim=True), grouped.amax(dim=-1, keepdim=True)
         high_codes, low_codes, scale, offset = grid_codes(grouped, low, high, high_bits=4)
-        numbers, radius = [], _row_norms(x).amax(dim=-1)
+        numbers, radius, squares = [], _row_norms(x).amax(dim=-1), torch.empty(0)
         for level in range(self.levels):
             use_low = self.bits == 8 or level == 1
             decoded = _decode_exact(high_codes, low_codes if use_low else None, scale, offset)
             decoded = decoded.flatten(-2)[..., :channels]
+            squares = decoded.square().sum(dim=-1) if level == 0 else squares
             error, step = decoded - x, torch.linalg.vector_norm(scale.squeeze(-1).double(), dim=-1, keepdim=True)
             # As for keys: a token whose every step is 0 must be exact.
             relative = torch.where(step > 0, error / step, torch.where(error == 0, error, error + float("inf")))
@@ -234,7 +257,8 @@ class ValueCodec:
             codes, plane = (high_codes << LOW_BITS) | low_codes, None
         else:
             codes, plane = pack_nibbles(high_codes), pack_nibbles(low_codes) if self.refine else None
-        return EncodedBlocks(codes, plane, scale.squeeze(-1), offset.squeeze(-1), torch.stack([*numbers, radius], dim=-1))
+        stacked = torch.stack([*numbers, radius], dim=-1)
+        return EncodedBlocks(codes, plane, scale.squeeze(-1), offset.squeeze(-1), stacked, length_codes(squares, radius))
 
     def decode(self, codes: Tensor, plane: Tensor | None, scale: Tensor, offset: Tensor, channels: int) -> Tensor:
         """What the reference kernel multiplies with: float32 `[..., block, channels]`; level 1 where `plane` is given."""

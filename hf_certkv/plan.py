@@ -144,7 +144,8 @@ def _certified(layer: CertifiedLayer, context: int, batch: int, heads: int, widt
     # A scale and an offset per key channel and block, and per token and value group.
     scales = 2 * HALF * (key_width + block * groups)
     # Three numbers a level and one a block, for keys and for values.
-    numbers = FLOAT * (3 * (layer.key_codec.levels + layer.value_codec.levels) + 2)
+    # And the squared norm of each value.
+    numbers = FLOAT * (3 * (layer.key_codec.levels + layer.value_codec.levels) + 2) + HALF * block
     pages = ShadowPages(layer.layer_idx, batch, heads, block, widths, layer.dtype, torch.device("cpu"))
     slabs = -(-blocks // pages.rows_per_slab)
     checksums = 2 * LONG * pages.rows_per_slab * units

@@ -13,7 +13,7 @@ from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
 COMPILED = True  # whether the compiled writer is used where there is one; the codecs make the same blocks
-PARTS = ("codes", "plane", "scale", "offset", "numbers")  # of a block, in the order in which its checksum takes them
+PARTS = ("codes", "plane", "scale", "offset", "numbers", "lengths")  # of a block, in the order in which its checksum takes them
 Index = tuple[Tensor, Tensor, Tensor]  # int64 [n] each: batch row, KV head, block
 
 
@@ -113,6 +113,8 @@ def part_shapes(codec: KeyCodec | ValueCodec, tokens: int, channels: int) -> dic
         shapes["plane"] = ([tokens, half], torch.uint8)
     shapes["scale"] = shapes["offset"] = (steps, torch.float16)
     shapes["numbers"] = ([codec.levels * PER_LEVEL + 1], torch.float32)
+    if isinstance(codec, ValueCodec):
+        shapes["lengths"] = ([tokens], torch.int16)
     shapes["checksum"] = ([], torch.int64)
     return shapes
 
@@ -246,8 +248,8 @@ class BlockStore:
     def encoded(self) -> tuple[EncodedBlocks, EncodedBlocks]:
         """Views of all blocks, keys and values; the planes are None (they are read block by block)."""
         key, value = (
-            EncodedBlocks(b["codes"].view, None, b["scale"].view, b["offset"].view, b["numbers"].view)
-            for b in (self.keys, self.values)
+            EncodedBlocks(b["codes"].view, None, b["scale"].view, b["offset"].view, b["numbers"].view, lengths)
+            for b, lengths in ((self.keys, None), (self.values, self.values["lengths"].view))
         )
         return key, value
 
@@ -274,7 +276,7 @@ class BlockStore:
             "planes": planes if self.refine == "device" else 0,
             "host_planes": planes if self.refine == "host" else 0,
             "scales": sum(b["scale"].nbytes + b["offset"].nbytes for b in both),
-            "numbers": sum(b["numbers"].nbytes for b in both),
+            "numbers": sum(b["numbers"].nbytes + b["lengths"].nbytes for b in both),
             "checksums": sum(b["checksum"].nbytes for b in both),
         }
 

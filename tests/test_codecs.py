@@ -253,6 +253,17 @@ def check_keys(x: Tensor, refine: bool) -> None:
     assert above(numbers[-1], radius)
 
 
+def check_lengths(made: EncodedBlocks, exact: list[list[Fraction]]) -> None:
+    """Squared norms of the values as level 0 reads them: at least those, and at most a 65535th of the radius's square more."""
+    assert made.lengths is not None and made.lengths.dtype == torch.int16
+    most = Fraction(float(made.numbers[-1])) ** 2
+    for code, row in zip(made.lengths.tolist(), exact, strict=True):
+        stored = (code % 2**16) * most / codecs.LENGTHS
+        assert squares(row) <= stored <= squares(row) + most * Fraction(1001, 1000 * codecs.LENGTHS)
+    read = codecs.read_lengths(made.lengths, made.numbers[-1])
+    assert bool((read >= torch.tensor([float(squares(row)) for row in exact]).double() * (1 - 2.0**-50)).all())
+
+
 def check_values(x: Tensor, codec: ValueCodec) -> None:
     """Every number stored of a value block against rationals, without slack; the mean square within its tolerance."""
     channels = x.shape[1]
@@ -269,6 +280,8 @@ def check_values(x: Tensor, codec: ValueCodec) -> None:
         plane = encoded.plane if level else None
         decoded = codec.decode(encoded.codes, plane, encoded.scale, encoded.offset, channels)
         check_floats(decoded, exact, Fraction(0))
+        if level == 0 and np.isfinite(numbers[-1]):
+            check_lengths(encoded, exact)
         errors = [[a - b for a, b in zip(got, true, strict=True)] for got, true in zip(exact, original, strict=True)]
         eta, spectral, rms = numbers[level * 3 : level * 3 + 3]
         radius = max(radius, *(squares(row) for row in exact))

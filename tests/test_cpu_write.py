@@ -17,6 +17,7 @@ from test_codecs import (
     KINDS,
     above,
     block_of,
+    check_lengths,
     decoded_exactly,
     exact_rows,
     half_neighbours,
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from hf_certkv import codecs, store
 from hf_certkv.checksums import block_checksum
-from hf_certkv.codecs import EncodedBlocks, KeyCodec, ValueCodec
+from hf_certkv.codecs import LENGTHS, EncodedBlocks, KeyCodec, ValueCodec
 from hf_certkv.store import PARTS, BlockStore
 
 pytest.importorskip("numba")
@@ -66,6 +67,9 @@ def check(x: Tensor, codec: Codec) -> int:
         if expected is not None:
             assert parts[name].dtype == expected.dtype and parts[name].shape == expected.shape
             assert torch.equal(bits(parts[name][~left]), bits(expected[~left])), name
+    if made.lengths is not None:  # squares are added up in another order
+        near = (parts["lengths"][~left].int() & LENGTHS) - (made.lengths[~left].int() & LENGTHS)
+        assert parts["lengths"].dtype == made.lengths.dtype and int(near.abs().max() if near.numel() else 0) <= 1
     got, expected = parts["numbers"][~left].double(), made.numbers[~left].double()
     assert bool((got <= expected * (1 + 1e-5)).all()) and bool((got >= expected * (1 - 1e-5)).all())
     return int(left.sum())
@@ -155,6 +159,8 @@ def check_numbers(x: Tensor, codec: Codec, made: EncodedBlocks) -> None:
         exact = decoded_exactly(codec, made, level, x.shape[1])
         errors = [[a - b for a, b in zip(got, true, strict=True)] for got, true in zip(exact, original, strict=True)]
         radius = max(radius, *(squares(row) for row in exact))
+        if not keyed and level == 0:
+            check_lengths(made, exact)
         if keyed:
             shares = [[e / s if s > 0 else Fraction(e != 0) * 10**99 for e, s in zip(r, scale[0], strict=True)] for r in errors]
             assert above(numbers[3 * level], max(e * e for row in shares for e in row))
@@ -237,6 +243,9 @@ def test_stores_hold_the_same(refine: str, monkeypatch: pytest.MonkeyPatch) -> N
         for name in PARTS:
             if buffers[name].data is None:
                 assert others[name].data is None
+            elif name == "lengths":
+                near = (buffers[name].view.int() & LENGTHS) - (others[name].view.int() & LENGTHS)
+                assert int(near.abs().max()) <= 1
             elif name == "numbers":
                 assert torch.allclose(buffers[name].view, others[name].view, rtol=1e-5, equal_nan=True)
             else:

@@ -26,6 +26,7 @@ from .cpu_write_row import (
     extremes,
     grid,
     half_bits,
+    length_codes,
     load,
     pack,
     quantise,
@@ -60,6 +61,7 @@ def _write(
     scale: Any,
     offset: Any,
     numbers: Any,
+    lengths: Any,
     left: Any,
     start: int,
     stop: int,
@@ -80,6 +82,7 @@ def _write(
     rank = -(-min(tokens, channels) // TILE) * TILE
     turned = np.zeros((rank, tokens if tokens > channels else 0), dtype=np.float32)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
+    length = np.empty(tokens)
     errors, total, peak = np.empty(levels), np.empty(levels), np.empty((levels, channels))
     for unit in range(start, stop):
         n, h, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
@@ -127,7 +130,10 @@ def _write(
                 coarse = level == 0 and not eight
                 residuals(x[t], place, coarse, origin, step, inverse, read, shares, rows[level, t])
                 error = squares(shares)
-                radius, errors[level] = max(radius, squares(read)), max(errors[level], error)
+                size = squares(read)
+                if level == 0:
+                    length[t] = size
+                radius, errors[level] = max(radius, size), max(errors[level], error)
                 if keyed:
                     raise_to(peak[level], shares)
                 norm = np.float64(round_up(np.sqrt(error)))
@@ -158,6 +164,8 @@ def _write(
                 out[3 * level], out[3 * level + 1] = norm, bound
                 out[3 * level + 2] = np.float32(np.sqrt(total[level] / tokens))
         out[3 * levels] = round_up(np.sqrt(radius))
+        if not keyed:
+            length_codes(length, np.float64(out[3 * levels]), lengths[b, h, first + n])
         left[unit] = wrong
 
 
@@ -204,10 +212,11 @@ def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], fir
         group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
         codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
         plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
+        lengths = np.empty((0, 0, 0, 0), np.int16) if keyed else parts["lengths"].numpy()
         scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
         sizes = (heads, blocks, tokens, channels)
         given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
-        made = (codes, plane, scale, offset, numbers, left)
+        made = (codes, plane, scale, offset, numbers, lengths, left)
         threads.run(lambda start, stop: _write(*given, *made, start, stop), len(left))
     return torch.from_numpy(left).view(batch, heads, blocks)
 

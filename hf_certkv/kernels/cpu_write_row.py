@@ -254,6 +254,15 @@ def spectral(rows: Any, tokens: int, norm: Any, turned: Any, one: Any, two: Any)
     return round_up(min(bound, np.float64(norm) * np.sqrt(tokens)))
 
 
+@exact
+def length_codes(squares: Any, radius: float, out: Any) -> None:
+    """`codecs.length_codes` of a block whose numbers are finite."""
+    factor = codecs.LENGTHS * (1 + 2.0**-30)
+    for t in range(len(squares)):
+        share = squares[t] / (radius * radius) if radius > 0.0 else 0.0
+        out[t] = np.int32(min(np.ceil(share * factor), float(codecs.LENGTHS)))
+
+
 @inlined
 def pack(codes: Any, shift: int, out: Any) -> None:
     """Four bits of each code, from `shift` on, two to a byte: `codecs.pack_nibbles`."""
