@@ -6,8 +6,10 @@ the certificate does not cover), or, for plain tensors, untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -110,10 +112,8 @@ def attend(call: AttentionCall) -> Tensor:
             )
     layer = certifiable(call)
     if layer is not None:
-        from .decode import certified_decode  # decode.py needs AttentionCall: imported when used
-
         with layer.cache.step_guard():
-            return certified_decode(layer, call)
+            return _certified_decode()(layer, call)
     with handles[0].layer.cache.step_guard() if handles else nullcontext():
         plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
         query, key, value, mask = plain
@@ -121,6 +121,13 @@ def attend(call: AttentionCall) -> Tensor:
         if handles:
             handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
         return call.dense(query, key, value, mask, call.sinks)
+
+
+@cache
+def _certified_decode() -> Callable[[CertifiedLayer, AttentionCall], Tensor]:
+    from .decode import certified_decode  # decode.py needs AttentionCall: imported when used
+
+    return certified_decode
 
 
 def _exact(part: Tensor | None) -> Tensor | None:

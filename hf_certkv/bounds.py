@@ -152,17 +152,29 @@ def key_error_cap(mass: Tensor, shift: Tensor, value_radius: Tensor) -> Tensor:
 
 
 def score_rounding(
-    scaling: float, query_norm: Tensor, key_norm: Tensor, channels: int, bias: Tensor | float, softcap: float | None
+    scaling: float,
+    query_norm: Tensor,
+    key_norm: Tensor,
+    channels: int,
+    bias: Tensor | float,
+    softcap: float | None,
+    coded: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """How far a computed score is from the real one of the same keys: epsilon_s   [section 5].
 
     Args:
         query_norm, key_norm: `[..., rows]`, L2 norms, the keys' a maximum; sum_c |q_c||k_c| is at most their product.
         bias: the largest finite magnitude added to a score (an additive mask); softcap: its c, or None.
+        coded: where a kernel multiplies codes as integers: what it says of those scores `[..., rows]`, and the largest norm of
+            the keys that it multiplies in float32.
     """
     size = abs(scaling) * query_norm * key_norm
     # Four roundings beyond the products and sums: scaling the query, dequantising, and two to spare.
     error = gamma(channels + 4) * size
+    if coded is not None:
+        said, exact_norm = coded
+        error = torch.maximum(gamma(channels + 4) * (abs(scaling) * query_norm * exact_norm), said)
+        error = error + channels * 2.0**-100 * (1 + abs(scaling))  # a factor that is flushed, times a code or an offset
     # Underflow may lose up to 2^-126 of each product; of the scale itself, times query and key; of a channel of the query
     # before and after it is scaled, times the key; of a channel of the key, times the scaled query. Twice: where subnormal
     # numbers are flushed, what was measured of the originals lacks as much.
@@ -206,6 +218,14 @@ def rounding_error(
     flushed = 4 * tokens * TINY * (value_radius + channels**0.5)  # weights, products, sums, originals below 2^-126, if flushed
     moved = 2 * value_radius * torch.tanh(slack / 2) + gamma(2 * (chain + rescalings + 1) + 1) * value_radius
     return (moved + weight_cast * 1.01 * value_radius + flushed) * OUTWARD
+
+
+def step_slip(block: int, group: int) -> float:
+    """What codes multiplied as integers add to a block's sum of values, over its sum of weights times steps   [section 5].
+
+    Args: block: tokens; group: channels of a value scale.
+    """
+    return math.sqrt(group) * UNIT_ROUNDOFF * (16 * (block / 16 + 8) + 64) * (1 + 2.0**-10)
 
 
 def output_rounding(output_norm: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

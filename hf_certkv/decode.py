@@ -6,6 +6,7 @@ A reader follows it downwards: `certified_decode` -> `first_pass` -> `certify` -
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from . import bounds, ladder, stages
 from .attention import AttentionCall
 from .audit import audit_step
+from .certificate import StepRecord
 from .codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL, token_steps
 from .dense import dense_bound, dense_layer, dense_unit
 from .errors import FaultyMemoryError
@@ -24,7 +26,7 @@ from .kernels import reference as kernel
 from .layers import CertifiedLayer
 from .paper import paper_promotions
 from .precision import full_precision
-from .recording import step_record
+from .recording import settled_record, step_record
 from .scrub import BlocksRepairedError, require_intact
 from .store import Index
 
@@ -59,10 +61,17 @@ def _repeat(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
 
 
 def _attempt(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
-    with full_precision(layer.device.type):
+    config, step = layer.config, None
+    exactly = config.certified and config.rtol == 0 and config.atol == 0
+    if call.mask is None and not exactly:
+        # The CPU kernel does without torch's products, and so without the guard, unless there is more to do.
         step = DecodeStep(layer, call)
-        config = layer.config
-        if config.certified and config.rtol == 0 and config.atol == 0:
+        step.fuse()
+        if step.at_once:
+            return step.finish()
+    with full_precision(layer.device.type):
+        step = step or DecodeStep(layer, call)
+        if exactly:
             step.without_pass()
         else:
             step.first_pass()
@@ -75,17 +84,42 @@ class DecodeStep(StepInputs):
 
     def __init__(self, layer: CertifiedLayer, call: AttentionCall) -> None:
         super().__init__(layer, call)
-        batch, heads, rows, _ = self.shape
-        device = layer.device
-        level = torch.zeros(batch, heads, self.blocks, dtype=torch.int64, device=device)
-        self.key_level = self.value_level = self.hot_level = level  # replaced, never written to
-        self.dense = torch.zeros(batch, heads, dtype=torch.bool, device=device)
         self.bytes_moved = 0
         self.whole_layer = True
-        self.met_at_once = torch.zeros(batch, heads, rows, dtype=torch.bool, device=device)
         self.certificate: bounds.Certificate | None = None
         self.fused: cpu.FusedStep | None = None
         self.settled = False  # every row was seen within its budget, and none is dense
+        self.at_once = False  # the CPU kernel saw that, and nothing else is asked for
+
+    @cached_property
+    def base_level(self) -> Tensor:
+        """Level 0 of every block, int64 `[B, H, N]`: replaced, never written to."""
+        return torch.zeros(*self.shape[:2], self.blocks, dtype=torch.int64, device=self.layer.device)
+
+    @cached_property
+    def key_level(self) -> Tensor:
+        """Levels of the blocks' keys."""
+        return self.base_level
+
+    @cached_property
+    def value_level(self) -> Tensor:
+        """Levels of the blocks' values."""
+        return self.base_level
+
+    @cached_property
+    def hot_level(self) -> Tensor:
+        """Levels that the blocks began with: 2 where originals are in the hot slots."""
+        return self.base_level
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Which KV heads are left to the dense rung: bool `[B, H]`."""
+        return torch.zeros(self.shape[:2], dtype=torch.bool, device=self.layer.device)
+
+    @cached_property
+    def met_at_once(self) -> Tensor:
+        """Which rows met their tolerance without promotions: bool `[B, H, R]`."""
+        return torch.zeros(self.shape[:3], dtype=torch.bool, device=self.layer.device)
 
     def without_pass(self) -> None:
         """Nothing is computed from codes: everything is to be dense."""
@@ -95,13 +129,11 @@ class DecodeStep(StepInputs):
     def first_pass(self) -> None:
         """Everything at its base level, hot blocks at the originals; the fast path's certificate."""
         layer = self.layer
+        self.fuse()
+        if self.at_once:
+            return
         hot = layer.hot.lookup(self.blocks)
-        if cpu.supports(self):
-            self.fused = cpu.FusedStep(self)
-            self.fused.run()
-            if stages.asked():
-                self.fused.tell_stages()
-            self._take(self.fused)
+        if self.fused is not None:
             self.candidate = self.bound
             if hot is None:
                 return
@@ -125,6 +157,21 @@ class DecodeStep(StepInputs):
             self._redo(index, keys.float(), values.float())
         self.certify()
         self.candidate = self.bound
+
+    def fuse(self) -> None:
+        """Have the CPU kernel do the first pass, where it can, if that was not done yet."""
+        if self.fused is not None or not cpu.supports(self):
+            return
+        self.fused = fused = cpu.FusedStep(self)
+        fused.run()
+        if stages.asked():
+            fused.tell_stages()
+        config = self.config
+        plain = config.certified and config.scope == "head" and config.policy != "paper" and not config.audit
+        if plain and self.layer.hot.slots == 0 and fused.all_met():
+            self.at_once = self.settled = True
+            return
+        self._take(fused)
 
     def _take(self, fused: cpu.FusedStep) -> None:
         """What the CPU kernel has computed; the parts of the certificate when somebody asks (`details`)."""
@@ -234,6 +281,8 @@ class DecodeStep(StepInputs):
 
     def climb(self) -> None:
         """Promote until every row meets its budget; what does not is left to the dense rungs."""
+        if self.at_once:
+            return
         self.whole_layer = False
         if not self.config.certified:
             self.settled = True
@@ -366,7 +415,10 @@ class DecodeStep(StepInputs):
 
     def finish(self) -> Tensor:
         """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
-        batch = self.dense.shape[0]
+        batch = self.shape[0]
+        if self.at_once and self.fused is not None:
+            self._note(lambda: settled_record(self))
+            return self.fused.result.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
         if self.settled:
             output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
         elif self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
@@ -384,11 +436,15 @@ class DecodeStep(StepInputs):
             self._close_bounds()
         error = audit_step(self) if self.config.audit else torch.full_like(self.bound, math.nan)
         self._keep_hot()
-        recorded, _ = stages.timed(lambda: self.layer.cache.recorder.add(step_record(self, error)))
+        self._note(lambda: step_record(self, error))
+        return output
+
+    def _note(self, record: Callable[[], StepRecord]) -> None:
+        """Hand the step's record to the cache."""
+        recorded, _ = stages.timed(lambda: self.layer.cache.recorder.add(record()))
         if stages.asked():
             stages.add(stages.RECORD, recorded)
             stages.add(stages.AROUND, -recorded)
-        return output
 
     def _close_bounds(self) -> None:
         """Norms and bounds of what is returned; rows served densely have an expected error of 0."""

@@ -9,6 +9,7 @@ followed without materialising.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,9 +129,7 @@ class Handle(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
-            from .attention import scaled_dot_product_attention  # attention.py needs Handle: imported when used
-
-            return scaled_dot_product_attention(*args, **kwargs)
+            return _attention()(*args, **kwargs)
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
             handle = args[0]
             name = "values" if handle.kind else "keys"
@@ -158,6 +157,13 @@ class Handle(Tensor):
         # Reached only by code that switched `__torch_function__` off: it gets the originals too, never anything else.
         args, kwargs = tree_map(lambda part: _plain(part, str(func)), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@cache
+def _attention() -> Callable[..., Tensor]:
+    from .attention import scaled_dot_product_attention  # attention.py needs Handle: imported when used
+
+    return scaled_dot_product_attention
 
 
 def _plain(part: Any, operation: str) -> Any:

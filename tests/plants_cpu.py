@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from cpu_twin import discrepancies, started
 from plants_base import Apply, Detect, Patch, Plant, by_oracle
 from torch import Tensor
 
-from hf_certkv.kernels import cpu
+from hf_certkv.kernels import cpu, cpu_step
 from hf_certkv.kernels.cpu import FusedStep
 from hf_certkv.precision import full_precision
 from hf_certkv.verify.cases import Case, mask_of, tensors
@@ -105,15 +106,16 @@ def twin(build: Callable[..., Case], *args: Any, raised: bool = False) -> Detect
 
 
 def handed(part: str, change: Change) -> Apply:
-    """Fields of the kernel's `task` or `claim` that are not what they should be: `change(the tuple, FusedStep)`."""
+    """Fields of the kernel's `task` or `claim` that are not what they should be: `change(the record, FusedStep)`."""
 
     def apply(patch: Patch) -> None:
         original = FusedStep.__init__
 
         def init(self: FusedStep, step: Any) -> None:
             original(self, step)
-            held: Any = getattr(self, part)
-            setattr(self, part, held._replace(**change(held, self)))
+            record = self.numbers.view(cpu_step.STEP)[part]
+            for name, value in change(record.view(np.recarray)[0], self).items():
+                record[name] = value
 
         patch.setattr(FusedStep, "__init__", init)
 
@@ -151,7 +153,7 @@ def column(place: int, factor: float) -> Apply:
     """One of the eight sums too small by a factor."""
 
     def change(fused: FusedStep) -> None:
-        fused.sums[place::8] *= factor
+        fused.scratch._held["sums"][0][place::8] *= factor
 
     return left(change)
 

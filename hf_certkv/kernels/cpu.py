@@ -6,8 +6,7 @@ distances by squared weights is bounded by what the other sums say of it (`bound
 
 from __future__ import annotations
 
-import threading
-import weakref
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import bounds, stages
+from .. import stages
 from ..bounds import Certificate
 from . import team, threads
 from .reference import Segments
+from .scratch import scratch_for
 
 if TYPE_CHECKING:
     from ..codecs import ValueCodec
@@ -33,18 +33,18 @@ LANES = 16
 ROWS = 4  # query rows of a tile, as in `micro`
 ITEMS = 4  # of work for each thread, at least, so that none waits long for the last; but spans of blocks no shorter than
 SPAN = 8
+LARGEST = 512  # channels of a key whose digit sums an int32 holds
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_scratch = threading.local()
 
 
 def supports(step: DecodeStep) -> bool:
     """Whether numba is installed and the kernel has code for the layer's format and the call."""
-    layer = step.layer
-    capped = step.call.softcap != 0  # a cap of 0 makes every score 0, or NaN: the kernel takes 0 for none
-    wanted = step.config.kernel != "reference" and capped
-    if not (wanted and layer.device.type == "cpu" and fits(layer.value_codec, layer.widths) and installed()):
+    if (
+        step.config.kernel == "reference" or step.call.softcap == 0
+    ):  # 0 makes every score 0, or NaN: the kernel takes it for none
         return False
-    return layer.memo("cpu kernel", lambda: _stored(layer)) is not None
+    layer = step.layer
+    return layer.memo("cpu kernel", lambda: stored(layer)) is not None
 
 
 def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
@@ -61,41 +61,14 @@ def installed() -> bool:
     return find_spec("numba") is not None
 
 
-class Scratch:
-    """Arrays that calls of a thread use one after the other: they grow, and are not cleared."""
-
-    def __init__(self) -> None:
-        self._held: dict[str, tuple[np.ndarray, int]] = {}
-
-    def __call__(self, name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
-        """`count` numbers that an earlier call may have used too, and where they begin."""
-        found = self._held.get(name)
-        if found is None or len(found[0]) < count:
-            array = np.empty(count + count // 64, dtype)
-            found = self._held[name] = (array, array.ctypes.data)
-        return found[0][:count], found[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(array.nbytes for array, _ in self._held.values())
+INTEGERS = True  # whether codes are multiplied as integers where the processor can do that
 
 
-def scratch_for(user: object) -> Scratch:
-    """This thread's arrays; new ones while an earlier user still lives, whose numbers they are."""
-    last = getattr(_scratch, "user", None)
-    if last is not None and last() is not None:
-        return Scratch()
-    _scratch.user = weakref.ref(user)
-    if not hasattr(_scratch, "arrays"):
-        _scratch.arrays = Scratch()
-    arrays: Scratch = _scratch.arrays
-    return arrays
+def integral(channels: int) -> bool:
+    """Whether codes of keys of so many channels, and of values, are multiplied as integers."""
+    from . import micro_integers
 
-
-def scratch_bytes() -> int:
-    """Bytes that this thread's calls hold between steps, for all layers and caches together."""
-    return _scratch.arrays.nbytes if hasattr(_scratch, "arrays") else 0
+    return INTEGERS and channels % micro_integers.CHUNK == 0 and channels <= LARGEST and micro_integers.supported()
 
 
 def padded(rows: int) -> int:
@@ -107,13 +80,14 @@ def working_bytes(units: int, rows: int, blocks: int, channels: int, width: int)
     """Bytes of scratch that a step needs: `units` KV heads of all batch rows, `rows` query rows of each."""
     every = units * padded(rows)
     segments, figures = every * (blocks + 1), 5 * units * rows * blocks
-    small = every * (12 * channels + 4) + units * (24 + 4 * blocks)
-    return segments * (36 + 4 * width) + 8 * figures + 8 * every * blocks + small
+    small = every * (12 * channels + 4) + units * (32 + 8 * blocks)
+    return segments * (36 + 4 * width) + 8 * figures + 12 * every * blocks + small
 
 
 class Stored(NamedTuple):
     """Where a layer's finished blocks lie: addresses of the parts of keys and values, and what their sizes say."""
 
+    lengths: int
     parts: tuple[int, int, int, int, int, int]
     numbers: tuple[int, int]
     counts: tuple[int, int]
@@ -121,15 +95,24 @@ class Stored(NamedTuple):
     room: int
 
 
-def _stored(layer: CertifiedLayer) -> Stored | None:
-    """Where blocks lie; None where the buffers have unlike room, as when memory was refused to some while others grew."""
+def stored(layer: CertifiedLayer) -> Stored | None:
+    """Where blocks lie; None where the kernel has no code for the format, or the buffers have unlike room.
+
+    They do when memory was refused to some while others grew.
+    """
+    if layer.device.type != "cpu" or not fits(layer.value_codec, layer.widths) or not installed():
+        return None
     keys, values = layer.store.keys, layer.store.values
     data = [part[name].data for part in (keys, values) for name in ("codes", "scale", "offset", "numbers")]
     present = [part for part in data if part is not None]
     if len({part.shape[2] for part in present}) != 1:
         return None
     pointers = [part.data_ptr() for part in present]
+    lengths = values["lengths"].data
+    if lengths is None or lengths.shape[2] != present[0].shape[2]:
+        return None
     return Stored(
+        lengths.data_ptr(),
         (pointers[0], pointers[1], pointers[2], pointers[4], pointers[5], pointers[6]),
         (pointers[3], pointers[7]),
         (present[3].shape[-1], present[7].shape[-1]),
@@ -155,102 +138,59 @@ def _coded(layer: CertifiedLayer, kind: int) -> Coded:
 class FusedStep:
     """A step on the CPU: its arrays, and what the certificate says of them. Shapes as in `DecodeStep`.
 
-    Attributes: result: the output in the layer's type `[B, H, R, W]`.
+    Attributes: result: the output in the layer's type `[B, H, R, W]`; row_figures: as in `Claim`; integers: whether codes are
+        multiplied as such; certified_again: whether some blocks were computed in float32 after that.
     """
 
     def __init__(self, step: DecodeStep) -> None:
-        from .cpu_certify import Claim
-        from .cpu_pass import Task
+        cpu_layout, _ = _modules()
+        AT = cpu_layout.AT  # noqa: N806
 
         self.layer = layer = step.layer
         config, call = step.config, step.call
         batch, heads, used, width = step.shape
-        channels, units, blocks = layer.widths[0], batch * heads, step.blocks
-        rows = padded(used)
-        layer.working_bytes = working_bytes(units, used, blocks, channels, width)
-        self.shape, self.units, self.rows, self.used, self.blocks = step.shape, units, rows, used, blocks
-        stored = layer.memo("cpu kernel", lambda: _stored(layer))
-        assert stored is not None, "asked for by `supports`"
-        exact, codec = (step.exact_keys, step.exact_values), layer.value_codec
-        if exact[0].stride(1) * width != exact[1].stride(1) * channels:  # unlike room, as in `_stored`
+        channels, self.blocks, self.shape, self.used = layer.widths[0], step.blocks, step.shape, used
+        self.units, self.rows = batch * heads, padded(used)
+        exact = (step.exact_keys, step.exact_values)
+        if exact[0].stride(1) * width != exact[1].stride(1) * channels:  # unlike room, as in `stored`
             exact = exact[0].contiguous(), exact[1].contiguous()
         query = call.query.detach().reshape(batch, heads, used, channels).resolve_neg().contiguous()
-        sink = step.sink_logit.expand(batch, -1, -1).contiguous() if step.sink_logit is not None else None
-        block_bias, exact_bias = (_along_tokens(bias) for bias in (step.block_bias, step.exact_bias))
         self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
-        self.row_figures = np.empty((7, units * used))
-        # Kept alive while their addresses are in use.
-        self.inputs = (exact, query, sink, block_bias, exact_bias)
-        self.scratch = scratch = scratch_for(self)
-        segments = units * rows * (blocks + 1)
-        self.maximum, maximum = scratch("maximum", segments, np.float32)
-        self.sums, sums = scratch("sums", segments * 8, np.float32)
-        self.output, output = scratch("output", segments * width, np.float32)
-        self.block_figures, block_figures = scratch("figures", 5 * units * used * blocks, np.float64)
-        scaled, sizes, raw = (scratch(name, units * rows * channels, np.float32)[1] for name in ("scaled", "sizes", "raw"))
-        self.query = query.data_ptr()
-        self.task = Task(
-            scaled,
-            sizes,
-            *stored.parts,
-            exact[0].data_ptr(),
-            exact[1].data_ptr(),
-            block_bias.data_ptr() if block_bias is not None else 0,
-            exact_bias.data_ptr() if exact_bias is not None else 0,
-            _strides(block_bias),
-            _strides(exact_bias),
-            maximum,
-            sums,
-            scratch("squares", units * blocks, np.float32)[1],
-            output,
-            scratch("l1", units * rows * blocks, np.float32)[1],
-            scratch("l2", units * rows * blocks, np.float32)[1],
-            rows,
-            used,
-            heads,
-            channels,
-            width,
-            layer.block,
-            blocks,
-            stored.room,
-            exact[0].shape[2],
-            exact[0].stride(1) // channels,
-            DTYPES[layer.dtype],
-            codec.bits,
-            stored.groups,
-            -(-codec.group_size(width) // LANES),
-            float(call.softcap or 0.0),
-            1 + (stored.groups + 8) * 2.0**-23,
-        )
-        relative, absolute = bounds.OUTPUT_ROUNDOFF[layer.dtype]
-        self.claim = Claim(
-            raw,
-            scratch("top", units * rows, np.float32)[1],
-            *stored.numbers,
-            *stored.counts,
-            0,
-            0,
-            scratch("key_norm", units, np.float64)[1],
-            scratch("value_norm", units, np.float64)[1],
-            sink.data_ptr() if sink is not None else 0,
-            units,
-            layer.sequence_length,
-            step.chain,
-            self.result.data_ptr(),
-            self.row_figures.ctypes.data,
-            block_figures,
-            float(call.scaling),
-            float(step.bias_size),
-            float(config.rtol),
-            float(config.atol),
-            relative,
-            absolute,
-        )
+        self.row_figures = np.empty((7, self.units * used))
+        self.scratch = scratch_for(self)
+        # What only the blocks and the scratch decide is kept until they change.
+        kept: dict[tuple[int, int], np.ndarray] = layer.memo("cpu steps", dict)
+        template = kept.get((used, self.scratch.version))
+        if template is None:
+            kept.clear()
+            template = cpu_layout.template(self, config)
+            kept[used, self.scratch.version] = template
+        self.numbers = ints = template.copy()
+        floats = ints.view(np.float64)
+        self.integers, self.certified_again = bool(ints[AT["integers"]]), False
+        ints[AT["query_given"]] = query.data_ptr()
+        ints[AT["exact_keys"]], ints[AT["exact_values"]] = exact[0].data_ptr(), exact[1].data_ptr()
+        ints[AT["exact"]], ints[AT["exact_room"]] = exact[0].shape[2], exact[0].stride(1) // channels
+        ints[AT["result"]], ints[AT["row_figures"]] = self.result.data_ptr(), self.row_figures.ctypes.data
+        ints[AT["tokens"]], ints[AT["chain"]] = layer.sequence_length, step.chain
+        floats[AT["scaling"]], floats[AT["softcap"]] = call.scaling, call.softcap or 0.0
+        others: list[Tensor] = []
+        if call.mask is not None:
+            floats[AT["bias_size"]] = float(step.bias_size)
+            for name, bias in (("block", step.block_bias), ("exact", step.exact_bias)):
+                if bias is not None:
+                    others.append(_along_tokens(bias))
+                    ints[AT[f"{name}_bias"]] = others[-1].data_ptr()
+                    at = AT[f"{name}_strides"]
+                    ints[at : at + 3] = _strides(others[-1])
+        if step.sink_logit is not None:
+            others.append(step.sink_logit.expand(batch, -1, -1).contiguous())
+            ints[AT["sink"]] = others[-1].data_ptr()
+        self.inputs = (exact, query, others)  # kept alive while their addresses are in use
 
     def run(self) -> None:
         """The pass over everything at its base level, and its certificate."""
-        from . import cpu_step
-
+        cpu_step = _modules()[1]
         count = torch.get_num_threads()
         spans = max(1, min(-(-ITEMS * count // self.units), self.blocks // SPAN)) if count > 1 else 1
         if spans > 1:
@@ -259,15 +199,13 @@ class FusedStep:
 
     def _do(self, what: int, spans: int = 1) -> None:
         """One of the kinds of work of `cpu_step`, on torch's threads."""
-        from . import cpu_step
-
-        left, place = self.scratch("left", self.units, np.int64)
+        AT = _modules()[0].AT  # noqa: N806
+        ints, left = self.numbers, self.scratch("left", self.units, np.int64)[0]
         left[:] = spans
-        step = np.empty(1, cpu_step.STEP)
-        step[0] = (self.task, self.claim, (self.query, what, self.units, spans, place, 0, 0))
-        team.run(_address(), step.ctypes.data, min(torch.get_num_threads(), self.units * spans))
-        if step["work"]["done"][0] != self.units:
-            finished = int(step["work"]["done"][0])
+        ints[AT["what"]], ints[AT["spans"]], ints[AT["taken"]], ints[AT["done"]] = what, spans, 0, 0
+        team.run(_address(), ints.ctypes.data, min(torch.get_num_threads(), self.units * spans))
+        finished = int(ints[AT["done"]])
+        if finished != self.units:
             raise MemoryError(f"no memory for scratch: the CPU kernel finished {finished} of {self.units} KV heads")
 
     def tell_stages(self) -> None:
@@ -288,24 +226,31 @@ class FusedStep:
 
     def certify(self, key_level: Tensor, value_level: Tensor) -> None:
         """The certificate again, after blocks were raised to these levels: int64 `[B, H, N]`."""
-        from . import cpu_step
+        cpu_layout, cpu_step = _modules()
+        AT = cpu_layout.AT  # noqa: N806
 
         levels = key_level.contiguous(), value_level.contiguous()
         self.row_figures = np.empty_like(self.row_figures)  # those of before may be in use
-        before, figures = self.claim, self.row_figures.ctypes.data
-        self.claim = before._replace(key_level=levels[0].data_ptr(), value_level=levels[1].data_ptr(), row_figures=figures)
+        self.certified_again = True
+        ints = self.numbers
+        ints[AT["row_figures"]] = self.row_figures.ctypes.data
+        ints[AT["key_level"]], ints[AT["value_level"]] = levels[0].data_ptr(), levels[1].data_ptr()
         try:
             self._do(cpu_step.CERTIFY)
         finally:
-            self.claim = before._replace(row_figures=figures)
+            ints[AT["key_level"]] = ints[AT["value_level"]] = 0
 
     def segments(self) -> Segments:
         """Views of the pass's sums, without those by squared weights."""
         batch, heads, used, width = self.shape
         shape = (batch, heads, self.rows, self.blocks + 1)
-        maximum = torch.from_numpy(self.maximum).view(shape)[:, :, :used]
-        sums = torch.from_numpy(self.sums).view(*shape, 8)[:, :, :used]
-        output = torch.from_numpy(self.output).view(batch, heads, self.blocks + 1, self.rows, width)[:, :, :, :used]
+        count = math.prod(shape)
+        flat = [
+            self.scratch(name, count * each, np.float32)[0] for name, each in (("maximum", 1), ("sums", 8), ("output", width))
+        ]
+        maximum = torch.from_numpy(flat[0]).view(shape)[:, :, :used]
+        sums = torch.from_numpy(flat[1]).view(*shape, 8)[:, :, :used]
+        output = torch.from_numpy(flat[2]).view(batch, heads, self.blocks + 1, self.rows, width)[:, :, :, :used]
         return Segments(maximum, sums[..., 4], sums[..., 5], output, None, sums[..., :4])
 
     def read(self, kind: int, index: Index, levels: Tensor, out: Tensor) -> None:
@@ -321,11 +266,10 @@ class FusedStep:
 
     def redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
         """Put single blocks into the pass's sums anew. Args: keys, values: float32 `[n, block, channels]`, contiguous."""
-        from . import cpu_pass, cpu_redo
+        from . import cpu_redo
 
-        task, (units, numbers) = np.empty(1, cpu_pass.TASK), self._units(index)
-        task[0] = self.task
-        given = (task.ctypes.data, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
+        units, numbers = self._units(index)
+        given = (self.numbers.ctypes.data, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
         threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units))
 
     def _units(self, index: Index) -> tuple[Tensor, Tensor]:
@@ -342,12 +286,21 @@ class FusedStep:
 
     def block_figure(self, which: int) -> Tensor:
         """Mass, shift, key part, value part, or mean step: float64 `[B, H, R, N]`, a copy."""
-        return torch.from_numpy(self.block_figures).view(5, *self.shape[:3], self.blocks)[which].clone()
+        figures = self.scratch("figures", 5 * self.units * self.used * self.blocks, np.float64)[0]
+        return torch.from_numpy(figures).view(5, *self.shape[:3], self.blocks)[which].clone()
 
     def certificate(self) -> Certificate:
         """The bound and its parts."""
         bound, fixed, key_total, value_total = (self.row_figure(which) for which in (0, 3, 4, 5))
         return Certificate(bound, fixed, key_total, value_total, self.block_figure(2), self.block_figure(3))
+
+
+@lru_cache(maxsize=1)
+def _modules() -> tuple[Any, Any]:
+    """`cpu_layout` and `cpu_step`, which need numba: imported at first use, and not looked for again in every step."""
+    from . import cpu_layout, cpu_step
+
+    return cpu_layout, cpu_step
 
 
 @lru_cache(maxsize=1)
@@ -360,17 +313,13 @@ def _address() -> int:
     return compiling.address(cpu_step.share)
 
 
-def _along_tokens(bias: Tensor | None) -> Tensor | None:
+def _along_tokens(bias: Tensor) -> Tensor:
     """A bias whose tokens lie one behind the other."""
-    if bias is None:
-        return None
     inner = bias.stride()[3:] == ((bias.shape[-1], 1) if bias.dim() == 5 else (1,))
     return bias if inner else bias.contiguous()
 
 
-def _strides(bias: Tensor | None) -> tuple[int, int, int]:
+def _strides(bias: Tensor) -> tuple[int, int, int]:
     """Numbers from one batch row, KV head and query row to the next; 0 where they share."""
-    if bias is None:
-        return 0, 0, 0
     first, second, third = (step if size > 1 else 0 for size, step in zip(bias.shape[:3], bias.stride()[:3], strict=True))
     return first, second, third

@@ -15,7 +15,8 @@ from .. import bounds
 from ..codecs import EPSILON, ETA, KAPPA, KEY_SPECTRAL, PER_LEVEL, VALUE_RMS, VALUE_SPECTRAL
 from . import memory, micro_combine
 from .compiling import part, swift, unrolled
-from .cpu_pass import BFLOAT16, FLOAT32, Task
+from .cpu_pass import Task
+from .cpu_round import rounded
 from .reference import RESCALINGS
 
 UNIT, OUTWARD, TINY, FLOOR = bounds.UNIT_ROUNDOFF, bounds.OUTWARD, bounds.TINY, bounds.MASS_FLOOR
@@ -38,8 +39,10 @@ class Claim(NamedTuple):
         raw: float32 `[U, rows, channels]`, the query unscaled; top: float32 `[U, rows]`, its largest magnitude.
         key_numbers, value_numbers: float32, `key_count` or `value_count` a block, with room for `Task.room` blocks a unit.
         key_level, value_level: int64 `[U, N]`, or 0 where no block is raised.
-        key_norm, value_norm: `[U]`, the largest norm of keys and values over exact tokens and blocks.
+        key_norm, value_norm: `[U]`, the largest norm of keys and values over exact tokens and blocks; exact_norm: `[U]`, of
+            the exact tokens' keys alone.
         sink: float32 `[U, used]`, sink logits, or 0.
+        step_slip: `bounds.step_slip` where codes are multiplied as integers, or 0.
         tokens, chain, relative, absolute: as `bounds.rounding_error` has them, and `bounds.OUTPUT_ROUNDOFF` of the type.
         result: `[U, used, width]` in the cache's type.
         row_figures: `[7, U, used]`: bound, norm, expected, fixed, key_total, value_total, and 1 where the budget is met.
@@ -56,6 +59,7 @@ class Claim(NamedTuple):
     value_level: int
     key_norm: int
     value_norm: int
+    exact_norm: int
     sink: int
     units: int
     tokens: int
@@ -65,6 +69,7 @@ class Claim(NamedTuple):
     block_figures: int
     scaling: float
     bias_size: float
+    step_slip: float
     rtol: float
     atol: float
     relative: float
@@ -96,6 +101,7 @@ def gamma(n: float) -> float:
 @part
 def radii(task: Task, claim: Claim, unit: int, key_norm: float, value_norm: float) -> None:
     """Keep the largest norms of a unit's keys and values: those given, of its exact tokens, or of its blocks."""
+    memory.float64s(claim.exact_norm, claim.units)[unit] = key_norm
     keys = memory.float32s(claim.key_numbers + 4 * unit * task.room * claim.key_count, task.blocks * claim.key_count)
     values = memory.float32s(claim.value_numbers + 4 * unit * task.room * claim.value_count, task.blocks * claim.value_count)
     for number in range(task.blocks):
@@ -118,29 +124,39 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
     numbers = np.empty((NUMBERS, blocks))
     _numbers(task, claim, unit, numbers)
     squares = memory.float32s(task.squares + 4 * unit * blocks, blocks)
+    slips, per_step = memory.float32s(task.slips + 4 * unit * blocks, blocks), claim.step_slip
+    # Blocks that were raised are computed in float32.
+    float_norm = (
+        key_norm if task.integers == 0 or claim.key_level != 0 else memory.float64s(claim.exact_norm, claim.units)[unit]
+    )
     rows = memory.float64s(claim.row_figures, 7 * claim.units * used)
     for row in range(used):
         start, mine = first + row * segments, unit * used + row
         maximum = memory.float32s(task.maximum + 4 * start, segments)
         sums = memory.float32s(task.sums + 32 * start, 8 * segments)
         raw = memory.float32s(claim.raw + 4 * (unit * task.rows + row) * task.channels, task.channels)
-        slack, rounding = _slack(task, claim, raw, key_norm, value_norm)
+        coded = memory.float32s(task.errors + 4 * (unit * task.rows + row) * blocks, blocks)
+        slack, rounding = _slack(task, claim, raw, key_norm, float_norm, coded, value_norm)
         sink = memory.float32s(claim.sink, claim.units * used)[mine] if claim.sink != 0 else -np.float32(np.inf)
         normaliser, sink_mass = _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
         first_output, apart = unit * segments * task.rows * width + row * width, task.rows * width
         micro_combine.mix(task.output, first_output, apart, weights.ctypes.data, segments, output.ctypes.data, width)
         micro_combine.inners(task.output, first_output, apart, output.ctypes.data, width, blocks, inner.ctypes.data)
-        norm = _round(output, shown, claim.result, mine * width, task.dtype)
-        fixed = rounding + (claim.relative * norm + math.sqrt(width) * claim.absolute) * OUTWARD
+        norm = rounded(output, shown, claim.result, mine * width, task.dtype)
+        fixed = (claim.relative * norm + math.sqrt(width) * claim.absolute) * OUTWARD
         inflate = least(math.exp(2 * slack) * (1 + gamma(2 * claim.chain + 8)) * OUTWARD, 1e300)
         exact_mass = factors[blocks] * np.float64(sums[blocks * 8 + TOTAL]) / normaliser + sink_mass
         figures, between = claim.block_figures + 8 * mine * blocks, 8 * claim.units * used * blocks
-        value_total, expected = _values(maximum, sums, factors, normaliser, inflate, numbers, figures, between)
+        value_total, expected, slip = _values(
+            maximum, sums, factors, normaliser, inflate, numbers, slips, per_step, figures, between
+        )
+        rounding += slip
+        fixed += rounding
         places = (unit * task.rows + row) * blocks
         l1, l2 = memory.float32s(task.query_l1 + 4 * places, blocks), memory.float32s(task.query_l2 + 4 * places, blocks)
         key_total = _keys(
-            maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, output,
-            exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
+            maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, slips, per_step,
+            output, exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
             task.block + width, figures, between,
         )  # fmt: skip
         bound = (key_total + value_total + fixed) * OUTWARD
@@ -167,7 +183,7 @@ def merge(task: Task, claim: Claim, unit: int) -> None:
         _factors(maximum, sums, factors, weights, claim.sink != 0, sink)
         first = unit * segments * apart + row * width
         micro_combine.mix(task.output, first, apart, weights.ctypes.data, segments, output.ctypes.data, width)
-        _round(output, shown, claim.result, mine * width, task.dtype)
+        rounded(output, shown, claim.result, mine * width, task.dtype)
 
 
 @part
@@ -195,14 +211,20 @@ def _numbers(task: Task, claim: Claim, unit: int, numbers: np.ndarray) -> None:
 
 
 @part
-def _slack(task: Task, claim: Claim, raw: np.ndarray, key: float, value: float) -> tuple[float, float]:
+def _slack(
+    task: Task, claim: Claim, raw: np.ndarray, key: float, float_key: float, coded: np.ndarray, value: float
+) -> tuple[float, float]:
     """`score_rounding`, then `weight_slack` and `rounding_error`."""
     square = 0.0
     for c in range(len(raw)):
         square += np.float64(raw[c]) * np.float64(raw[c])
     query, scaling, channels = math.sqrt(square), abs(claim.scaling), len(raw)
     size = scaling * query * key
-    error = gamma(channels + 4) * size
+    error = gamma(channels + 4) * scaling * query * float_key
+    if task.integers != 0:
+        for block in range(len(coded)):
+            error = most(error, np.float64(coded[block]))
+        error += channels * 2.0**-100 * (1 + scaling)
     scale = query * key if scaling < TINY else 0.0
     error += 2 * TINY * (channels + scale + math.sqrt(channels) * ((1 + scaling) * key + scaling * query))
     if not (scaling * query < OVERFLOW and scaling < OVERFLOW):
@@ -243,14 +265,14 @@ def _factors(
 @swift
 def _values(
     maximum: np.ndarray, sums: np.ndarray, factors: np.ndarray, normaliser: float, inflate: float, numbers: np.ndarray,
-    figures: int, between: int,
-) -> tuple[float, float]:  # fmt: skip
-    """`value_error` of the blocks, added up, and the expected error; masses, mean steps and parts at `figures`."""
+    slips: np.ndarray, per_step: float, figures: int, between: int,
+) -> tuple[float, float, float]:  # fmt: skip
+    """`value_error` of the blocks, added up, the expected error, and what integers round; more at `figures`."""
     blocks = len(maximum) - 1
     masses, parts = memory.float64s(figures, blocks), memory.float64s(figures + 3 * between, blocks)
     steps = memory.float64s(figures + 4 * between, blocks)
     eta, sigma, rms = numbers[VALUE_ETA], numbers[VALUE_SIGMA], numbers[VALUE_MEAN]
-    total_error, expected, inverse = 0.0, 0.0, 1 / normaliser
+    total_error, expected, slip, inverse = 0.0, 0.0, 0.0, 1 / normaliser
     for block in range(blocks):
         total, square = np.float64(sums[block * 8 + TOTAL]), np.float64(sums[block * 8 + SQUARE])
         weight = factors[block] * inverse
@@ -264,14 +286,16 @@ def _values(
         masses[block], steps[block], parts[block] = mass, step, part
         total_error += part
         expected += guess * guess
-    return total_error * OUTWARD, math.sqrt(expected)
+        slip += weight * (np.float64(slips[block]) + per_step * np.float64(sums[block * 8 + STEPS]))
+    return total_error * OUTWARD, math.sqrt(expected), slip * inflate * OUTWARD
 
 
 @swift
 def _keys(
     maximum: np.ndarray, sums: np.ndarray, squares: np.ndarray, factors: np.ndarray, normaliser: float, inflate: float,
-    numbers: np.ndarray, l1: np.ndarray, l2: np.ndarray, top: float, inner: np.ndarray, output: np.ndarray, exact_mass: float,
-    centre: float, away: float, value_norm: float, scaling: float, channels: int, terms: int, figures: int, between: int,
+    numbers: np.ndarray, l1: np.ndarray, l2: np.ndarray, top: float, inner: np.ndarray, slips: np.ndarray, per_step: float,
+    output: np.ndarray, exact_mass: float, centre: float, away: float, value_norm: float, scaling: float, channels: int,
+    terms: int, figures: int, between: int,
 ) -> float:  # fmt: skip
     """`key_error` of the blocks over the least normaliser, added up, or its cap; shifts and parts at `figures`."""
     blocks = len(maximum) - 1
@@ -282,6 +306,7 @@ def _keys(
     size, inverse = 0.0, 1 / normaliser
     for c in range(len(output)):
         size += np.float64(output[c]) * np.float64(output[c])
+    norm = math.sqrt(size)
     # `score_weights`: products of sizes, at most 1, and steps lose at most 2^-126 to underflow, as do their squares; a channel
     # of the query that is subnormal may be flushed.
     up, root_channels = (1 + (channels + 8) * 2.0**-23) * top, math.sqrt(channels)
@@ -292,9 +317,11 @@ def _keys(
         query_l1 = (np.float64(l1[block]) + channels * TINY) * up + channels * hidden
         query_l2 = (math.sqrt(np.float64(l2[block])) + root_channels * 2.0**-60) * up + root_channels * hidden
         shift = most(scaling * least(kappa[block] * query_l1, epsilon[block] * query_l2) * OUTWARD, 0.0)
+        # What integers round of a block's values moves its product with the output, at most so far.
+        slip = 1.01 * norm * (np.float64(slips[block]) + per_step * np.float64(sums[block * 8 + STEPS]))
         near, square_near = _radii_of(
-            sums, block * 8, np.float64(squares[block]), np.float64(inner[block]), size, eta[block], radius[block] + centre,
-            away, terms,
+            sums, block * 8, np.float64(squares[block]), np.float64(inner[block]) - slip, size, eta[block],
+            radius[block] + centre, away, terms,
         )  # fmt: skip
         growth = _expm1(shift)
         rise = growth * OUTWARD
@@ -376,52 +403,3 @@ def _cap(active_up: float, worst: float, value_norm: float) -> float:
     moved = share * math.expm1(worst) / most(held, 1e-300) if held > 0 else math.inf
     variation = least(least(math.tanh(worst / 2) * OUTWARD, moved * OUTWARD), 1.0)
     return 2 * value_norm * variation * OUTWARD
-
-
-@part
-def _round(output: np.ndarray, shown: np.ndarray, result: int, start: int, dtype: int) -> float:
-    """Write an output in the cache's type, rounded to nearest even; the L2 norm of what was written."""
-    count, total = len(output), 0.0
-    bits, shown_bits = memory.uint32s(output.ctypes.data, count), memory.uint32s(shown.ctypes.data, count)
-    if dtype == FLOAT32:
-        numbers = memory.float32s(result + 4 * start, count)
-        for c in range(count):
-            shown[c] = numbers[c] = output[c]
-    elif dtype == BFLOAT16:
-        halves = memory.uint16s(result + 2 * start, count)
-        for c in range(count):
-            upper = np.uint32(bits[c] + np.uint32(0x7FFF) + ((bits[c] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            if output[c] != output[c]:
-                upper = np.uint32(0x7FC0)
-            halves[c] = upper
-            shown_bits[c] = upper << np.uint32(16)
-    else:
-        halves = memory.uint16s(result + 2 * start, count)
-        for c in range(count):
-            shown[c] = _float16(np.float64(output[c]), halves, c)
-    for c in range(count):
-        total += np.float64(shown[c]) * np.float64(shown[c])
-    return math.sqrt(total)
-
-
-@part
-def _float16(x: float, halves: np.ndarray, place: int) -> float:
-    """A float64 number that is a float32 one, rounded to nearest even; its magnitude then."""
-    sign, size = (0x8000 if math.copysign(1.0, x) < 0 else 0), abs(x)
-    if x != x:
-        halves[place] = 0x7E00
-        return x
-    if size >= 65520.0:
-        halves[place] = sign | 0x7C00
-        return math.inf
-    if size == 0:  # whose exponent is 0 by `frexp`
-        halves[place] = sign
-        return 0.0
-    _, exponent = math.frexp(size)  # size = m * 2^exponent with 0.5 <= m < 1
-    exponent = max(exponent, -13)
-    unit = math.ldexp(1.0, exponent - 11)
-    whole = np.rint(size / unit)  # exact but for the rounding that is meant
-    size = whole * unit
-    code = np.int64(whole) if exponent == -13 else np.int64(whole) + ((exponent + 13) << 10)
-    halves[place] = sign | code
-    return size

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..codecs import LENGTHS
 from . import memory, micro
-from .compiling import part
+from .compiling import part, swift
 from .cpu import ROWS
 from .vectors import LANES
 
@@ -29,8 +30,13 @@ class Task(NamedTuple):
         sums: float32 `[U, rows, blocks + 1, 8]`: the four of `reference.Segments.sums`, then those of weights, their squares,
             cubes and fourth powers. squares: float32 `[U, blocks]`, of all numbers of a block's values.
         query_l1, query_l2: float32 `[U, rows, blocks]`, what `score_weights` adds up, not rounded up yet.
-        rows: 1, or a multiple of ROWS; those beyond `used` are padding. heads: KV heads of a batch row. groups: value scales a
-            token; per_group: vectors of channels that share one. bits: of a value code. step_up: see `token_steps`.
+        lengths: int16 `[U, room, block]`, as stored; radius: where the first block's radius of values is, `radius_step` bytes
+            before the next.
+        errors: float32 `[U, rows, blocks]`, slips: float32 `[U, blocks]`: how far scores, and what values add, may be off where
+            codes are multiplied as integers (`integers` is 1; else 0), see `cpu_integers`; 0 where not.
+        rows: 1, or a multiple of ROWS; those beyond `used` are padding. heads: KV heads of a batch row. groups: value
+            scales a token; per_group: vectors of channels that share one. bits: of a value code; group: channels of a
+            value scale. step_up: see `token_steps`.
     """
 
     query: int
@@ -53,6 +59,12 @@ class Task(NamedTuple):
     output: int
     query_l1: int
     query_l2: int
+    lengths: int
+    radius: int
+    radius_step: int
+    errors: int
+    slips: int
+    integers: int
     rows: int
     used: int
     heads: int
@@ -66,6 +78,7 @@ class Task(NamedTuple):
     dtype: int
     bits: int
     groups: int
+    group: int
     per_group: int
     softcap: float
     step_up: float
@@ -76,25 +89,19 @@ TASK = memory.record(Task)
 
 @part
 def blocks(task: Task, unit: int, first: int, last: int) -> None:
-    """Blocks first..last-1 of one unit."""
+    """Blocks first..last-1 of one unit, with codes read as float32."""
     block, channels, width, rows, groups = task.block, task.channels, task.width, task.rows, task.groups
-    held = (np.empty(2 * channels, np.float32), np.empty(rows * block, np.float32), np.empty(block * LANES, np.float32))
-    grid, scores, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
+    held = (np.empty(2 * channels, np.float32), np.empty(rows * block, np.float32))
+    grid, scores = held[0].ctypes.data, held[1].ctypes.data
     more = (np.empty(2 * block * groups, np.float32), np.empty(2 * block, np.float32))
     scale, offset = more[0].ctypes.data, more[0].ctypes.data + 4 * block * groups
     steps, norms = more[1].ctypes.data, more[1].ctypes.data + 4 * block
-    count = rows * task.blocks
-    query_l1 = memory.float32s(task.query_l1 + 4 * unit * count, count)
-    query_l2 = memory.float32s(task.query_l2 + 4 * unit * count, count)
-    query, sizes = task.query + 4 * unit * rows * channels, task.sizes + 4 * unit * rows * channels
     pitch = width if task.bits == 8 else width // 2
     for number in range(first, last):
         here = unit * task.room + number
-        micro.from_float16(task.key_scale, here * channels * 2, grid, 0, channels)
-        micro.from_float16(task.key_offset, here * channels * 2, grid, channels, channels)
-        for row in range(rows):
-            l1, l2 = micro.query_weights(sizes, row * channels, grid, 0, channels)
-            query_l1[row * task.blocks + number], query_l2[row * task.blocks + number] = l1, l2
+        key_grid(task, unit, number, grid)
+        exactly(task, unit, number)
+        query = task.query + 4 * unit * rows * channels
         for token in range(0, block, ROWS):
             key = (here * block + token) * channels
             if rows == 1:
@@ -104,31 +111,67 @@ def blocks(task: Task, unit: int, first: int, last: int) -> None:
                     to = row * block + token
                     micro.dots_codes(task.key_codes, key, grid, 0, query, row * channels, channels, scores, to, block)
         biased(task, unit, number, scores, block)
-        micro.from_float16(task.value_scale, here * block * groups * 2, scale, 0, block * groups)
-        micro.from_float16(task.value_offset, here * block * groups * 2, offset, 0, block * groups)
-        micro.token_steps(scale, 0, groups, block, np.float32(task.step_up), steps, 0)
-        _weigh(task, unit, number, scores, steps, block)
+        value_grid(task, here, scale, offset, steps)
+        weighed(task, unit, number, scores, steps, block)
         value, to = here * block * pitch, (unit * (task.blocks + 1) + number) * rows * width
         for row in range(0, rows, ROWS):
             codes, per, place = task.value_codes, task.per_group, to + row * width
             # fmt: off
             if task.bits == 8 and rows == 1:
-                micro.gather_bytes_1(codes, value, scale, offset, groups, per, scores, 0, block, squares,
-                                     task.output, to, width)
+                micro.gather_bytes_1(codes, value, scale, offset, groups, per, scores, 0, block, task.output, to, width)
             elif task.bits == 8:
-                micro.gather_bytes(codes, value, scale, offset, groups, per, scores, row * block, block, squares,
+                micro.gather_bytes(codes, value, scale, offset, groups, per, scores, row * block, block,
                                    task.output, place, width)
             elif rows == 1:
-                micro.gather_nibbles_1(codes, value, scale, offset, groups, per, scores, 0, block, squares,
-                                       task.output, to, width)
+                micro.gather_nibbles_1(codes, value, scale, offset, groups, per, scores, 0, block, task.output, to, width)
             else:
-                micro.gather_nibbles(codes, value, scale, offset, groups, per, scores, row * block, block, squares,
+                micro.gather_nibbles(codes, value, scale, offset, groups, per, scores, row * block, block,
                                      task.output, place, width)
             # fmt: on
-        micro.row_sums(squares, 0, block, norms, 0)
+        stored_norms(task, here, norms)
         moments_of(task, unit, number, scores, norms)
     # numba frees an array behind its last use, which an address is not.
-    held[0][0] = held[1][0] = held[2][0] = more[0][0] = more[1][0] = 0
+    held[0][0] = held[1][0] = more[0][0] = more[1][0] = 0
+
+
+@part
+def key_grid(task: Task, unit: int, number: int, grid: int) -> None:
+    """A block's key scales, then its offsets, as float32; what `score_weights` adds up for the rows."""
+    channels, rows, here = task.channels, task.rows, unit * task.room + number
+    micro.from_float16(task.key_scale, here * channels * 2, grid, 0, channels)
+    micro.from_float16(task.key_offset, here * channels * 2, grid, channels, channels)
+    count = rows * task.blocks
+    query_l1 = memory.float32s(task.query_l1 + 4 * unit * count, count)
+    query_l2 = memory.float32s(task.query_l2 + 4 * unit * count, count)
+    sizes = task.sizes + 4 * unit * rows * channels
+    for row in range(rows):
+        l1, l2 = micro.query_weights(sizes, row * channels, grid, 0, channels)
+        query_l1[row * task.blocks + number], query_l2[row * task.blocks + number] = l1, l2
+
+
+@part
+def value_grid(task: Task, here: int, scale: int, offset: int, steps: int) -> None:
+    """A block's value scales and offsets as float32 `[block, groups]`, and its tokens' steps."""
+    count = task.block * task.groups
+    micro.from_float16(task.value_scale, here * count * 2, scale, 0, count)
+    micro.from_float16(task.value_offset, here * count * 2, offset, 0, count)
+    micro.token_steps(scale, 0, task.groups, task.block, np.float32(task.step_up), steps, 0)
+
+
+@part
+def stored_norms(task: Task, here: int, norms: int) -> None:
+    """The squared norms of a block's values, rounded up: `codecs.read_lengths`."""
+    radius = np.float64(memory.float32s(task.radius + here * task.radius_step, 1)[0])
+    factor = np.float32(radius * radius / LENGTHS * (1 + 2.0**-20))
+    micro.lengths(task.lengths, here * task.block * 2, task.block, factor, norms)
+
+
+@part
+def exactly(task: Task, unit: int, number: int) -> None:
+    """Nothing is off in a block by more than float32 sums are."""
+    for row in range(task.rows):
+        memory.float32s(task.errors + 4 * ((unit * task.rows + row) * task.blocks + number), 1)[0] = 0
+    memory.float32s(task.slips + 4 * (unit * task.blocks + number), 1)[0] = 0
 
 
 @part
@@ -169,22 +212,21 @@ def scores_of(task: Task, unit: int, keys: int, tokens: int, scores: int) -> Non
 
 
 @part
-def segment(
-    task: Task, unit: int, number: int, values: int, tokens: int, scores: int, steps: int, squares: int, norms: int
-) -> None:
+def segment(task: Task, unit: int, number: int, values: int, tokens: int, scores: int, steps: int, norms: int) -> None:
     """Segment `number` from scores and float32 values, a multiple of 16: maximum, sums, output; the values' squared norms."""
     rows, width = task.rows, task.width
-    _weigh(task, unit, number, scores, steps, tokens)
+    weighed(task, unit, number, scores, steps, tokens)
     to = (unit * (task.blocks + 1) + number) * rows * width
     for row in range(0, rows, ROWS):
         # fmt: off
         if rows == 1:
-            micro.gather_exact_1(values, 0, steps, steps, 0, 1, scores, 0, tokens, squares, task.output, to, width)
+            micro.gather_exact_1(values, 0, steps, steps, 0, 1, scores, 0, tokens, task.output, to, width)
         else:
-            micro.gather_exact(values, 0, steps, steps, 0, 1, scores, row * tokens, tokens, squares,
+            micro.gather_exact(values, 0, steps, steps, 0, 1, scores, row * tokens, tokens,
                                task.output, to + row * width, width)
         # fmt: on
-    micro.row_sums(squares, 0, tokens, norms, 0)
+    for token in range(tokens):
+        memory.float32s(norms, tokens)[token] = micro.dot(values, token * width, values, token * width, width)
 
 
 @part
@@ -208,7 +250,7 @@ def _cap(numbers: int, count: int, softcap: float) -> None:
 
 
 @part
-def _weigh(task: Task, unit: int, number: int, scores: int, steps: int, tokens: int) -> None:
+def weighed(task: Task, unit: int, number: int, scores: int, steps: int, tokens: int) -> None:
     """Scores `[rows, tokens]` to weights, in place; the maximum and the sums of segment `number`."""
     count = task.rows * (task.blocks + 1)
     maximum = memory.float32s(task.maximum + 4 * unit * count, count)
@@ -220,7 +262,7 @@ def _weigh(task: Task, unit: int, number: int, scores: int, steps: int, tokens: 
         micro.weigh(scores, row * tokens, tokens, base, steps, 0, task.sums, (unit * count + place) * 8)
 
 
-@part
+@swift
 def _total(numbers: int, count: int) -> float:
     total = np.float32(0)
     for x in memory.float32s(numbers, count):
@@ -234,10 +276,10 @@ def exact_tokens(task: Task, unit: int) -> tuple[float, float]:
     tokens, channels, width, rows = task.exact, task.channels, task.width, task.rows
     padded = -(-tokens // LANES) * LANES
     key_array, value_array = np.zeros(padded * channels, np.float32), np.zeros(padded * width, np.float32)
-    held = (np.empty(rows * padded, np.float32), np.zeros(padded, np.float32), np.empty(padded * LANES, np.float32))
+    held = (np.empty(rows * padded, np.float32), np.zeros(padded, np.float32))
     norm_array = np.zeros(padded, np.float32)
     keys, values, norms = key_array.ctypes.data, value_array.ctypes.data, norm_array.ctypes.data
-    scores, steps, squares = held[0].ctypes.data, held[1].ctypes.data, held[2].ctypes.data
+    scores, steps = held[0].ctypes.data, held[1].ctypes.data
     widen(task.exact_keys, unit * task.exact_room * channels, tokens * channels, task.dtype, keys)
     widen(task.exact_values, unit * task.exact_room * width, tokens * width, task.dtype, values)
     scores_of(task, unit, keys, padded, scores)
@@ -249,13 +291,13 @@ def exact_tokens(task: Task, unit: int) -> tuple[float, float]:
             _add(scores + 4 * row * padded, task.exact_bias + 4 * (first + row * apart), tokens)
         for token in range(tokens, padded):
             held[0][row * padded + token] = -INFINITY
-    segment(task, unit, task.blocks, values, padded, scores, steps, squares, norms)
+    segment(task, unit, task.blocks, values, padded, scores, steps, norms)
     key_norm, value_norm = 0.0, 0.0
     for token in range(tokens):
         square = micro.dot(keys, token * channels, keys, token * channels, channels)
         key_norm = _longer(key_norm, square, key_array, token * channels, channels)
         value_norm = _longer(value_norm, norm_array[token], value_array, token * width, width)
-    held[0][0] = held[1][0] = held[2][0] = 0  # as in `blocks`
+    held[0][0] = held[1][0] = 0  # as in `blocks`
     return key_norm, value_norm
 
 

@@ -123,7 +123,7 @@ def redo(task_at: int, units: int, numbers: int, count: int, keys: int, values: 
     task = _task(task_at)
     block, channels, width, groups = task.block, task.channels, task.width, task.groups
     unit, number = memory.int64s(units, count), memory.int64s(numbers, count)
-    held = (np.empty(task.rows * block, np.float32), np.empty(block * LANES, np.float32), np.empty(block, np.float32))
+    held = (np.empty(task.rows * block, np.float32), np.empty(block, np.float32))
     steps = np.empty(block, np.float32)
     scale = np.empty(block * groups, np.float32)
     for i in range(start, stop):
@@ -133,9 +133,8 @@ def redo(task_at: int, units: int, numbers: int, count: int, keys: int, values: 
         at = 4 * i * block
         cpu_pass.scores_of(task, unit[i], keys + at * channels, block, held[0].ctypes.data)
         cpu_pass.biased(task, unit[i], number[i], held[0].ctypes.data, block)
-        cpu_pass.segment(
-            task, unit[i], number[i], values + at * width, block, held[0].ctypes.data, steps.ctypes.data, held[1].ctypes.data,
-            held[2].ctypes.data,
-        )  # fmt: skip
-        cpu_pass.moments_of(task, unit[i], number[i], held[0].ctypes.data, held[2].ctypes.data)
-    held[0][0] = held[1][0] = held[2][0] = steps[0] = scale[0] = 0  # as above
+        scores, norms = held[0].ctypes.data, held[1].ctypes.data
+        cpu_pass.segment(task, unit[i], number[i], values + at * width, block, scores, steps.ctypes.data, norms)
+        cpu_pass.moments_of(task, unit[i], number[i], scores, norms)
+        cpu_pass.exactly(task, unit[i], number[i])
+    held[0][0] = held[1][0] = steps[0] = scale[0] = 0  # as above

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import cpu_certify, cpu_pass, memory
+from . import cpu_certify, cpu_integers, cpu_pass, memory, micro_integers
 from .compiling import kernel, part
 from .cpu_certify import CLAIM, Claim
 from .cpu_pass import TASK, Task
@@ -40,6 +40,8 @@ WORK = memory.record(Work)
 STEP = np.dtype([("task", TASK), ("claim", CLAIM), ("work", WORK)])
 CLAIM_AT, WORK_AT = TASK.itemsize, TASK.itemsize + CLAIM.itemsize
 TAKEN_AT, DONE_AT = WORK_AT + WORK.fields["taken"][1], WORK_AT + WORK.fields["done"][1]  # type: ignore[index]
+# Where the processor has no such products, the function is not even to be compiled.
+_integers = cpu_integers.blocks if micro_integers.supported() else cpu_pass.blocks
 _task, _claim, _work = memory.reader(TASK), memory.reader(CLAIM), memory.reader(WORK)
 
 
@@ -61,7 +63,11 @@ def share(step: int) -> None:
             if work.what == WHOLE:
                 if spans == 1:
                     _prepare(task, claim, work.query, unit)
-                cpu_pass.blocks(task, unit, task.blocks * span // spans, task.blocks * (span + 1) // spans)
+                first, last = task.blocks * span // spans, task.blocks * (span + 1) // spans
+                if task.integers != 0:
+                    _integers(task, unit, first, last)
+                else:
+                    cpu_pass.blocks(task, unit, first, last)
                 if spans > 1 and memory.add_shared(work.left + 8 * unit, -1) > 1:
                     continue
                 key_norm, value_norm = cpu_pass.exact_tokens(task, unit)

@@ -16,7 +16,7 @@ from numba.core import cgutils
 from ..codecs import LOW_BITS, MIDDLE
 from .cpu import ROWS
 from .memory import intrinsic
-from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, Emitter, floats, ints, long
+from .vectors import BYTE, BYTES, FLOAT, FLOATS, HALF, HALVES, INT, LANES, LINE, Emitter, floats, ints, long
 
 # A tile's scores are of ROWS rows and ROWS tokens: ROWS * ROWS accumulators.
 USUAL_GROUPS = 4  # value groups of a token that have code of their own: 128 channels, 32 a group
@@ -89,7 +89,7 @@ def _dots(rows: int, coded: bool) -> Any:
 
 
 def _gather(rows: int, form: str) -> Any:
-    """What a tile's tokens add to the output: values by weights. The squares of the values' numbers besides.
+    """What a tile's tokens add to the output: values by weights.
 
     `form` says how values are stored: "nibbles", a byte's low nibble is a channel of the first half of the channels, its high
     nibble one of the second; "bytes", one code a byte; "exact", float32 numbers.
@@ -107,7 +107,6 @@ def _gather(rows: int, form: str) -> Any:
         weights: Any,
         weight: Any,
         tokens: Any,
-        squares: Any,
         output: Any,
         to: Any,
         width: Any,
@@ -115,21 +114,20 @@ def _gather(rows: int, form: str) -> Any:
         """output[to + r * width + c] = sum over t of weights[weight + r * tokens + t] * value t at channel c.
 
         The tokens' values begin at `values[value]`. Token t has `groups` scales at `scales[t * groups]`, offsets likewise;
-        `per_group` vectors of channels share one. The squares of token t's numbers are added up lane by lane: sixteen sums at
-        `squares[t * 16]`, whose sum is the squared norm.
+        `per_group` vectors of channels share one.
         """
-        signature = types.void(*(INDEX,) * 13)
+        signature = types.void(*(INDEX,) * 12)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             emit = Emitter(context, builder)
-            groups, per_group, tokens, width = (arguments[i] for i in (4, 5, 8, 12))
+            groups, per_group, tokens, width = (arguments[i] for i in (4, 5, 8, 11))
 
             def pointer(place: int, start: Any, kind: Any) -> Any:
                 return emit.pointer(arguments[place], start, kind)
 
             value = pointer(0, arguments[1], FLOAT if form == "exact" else BYTE)
-            scale, offset, square = (pointer(i, long(0), FLOAT) for i in (2, 3, 9))
-            weight, output = pointer(6, arguments[7], FLOAT), pointer(10, arguments[11], FLOAT)
+            scale, offset = (pointer(i, long(0), FLOAT) for i in (2, 3))
+            weight, output = pointer(6, arguments[7], FLOAT), pointer(9, arguments[10], FLOAT)
             pitch = builder.udiv(width, long(2)) if form == "nibbles" else width
             vectors = builder.udiv(pitch, long(LANES))
 
@@ -142,22 +140,17 @@ def _gather(rows: int, form: str) -> Any:
                     builder.udiv(builder.udiv(builder.add(channel, long(v * LANES)), long(LANES)), per_group)
                     for v in range(count)
                 ]
-                fresh = builder.and_(builder.icmp_unsigned("==", first, long(0)), ir.Constant(ir.IntType(1), part != "high"))
                 with emit.loop(tokens) as t:
                     token, grid = emit.at(value, builder.mul(t, pitch), start), builder.mul(t, groups)
                     shares = [emit.splat(builder.load(emit.at(weight, t, builder.mul(tokens, long(r))))) for r in range(rows)]
-                    size: Any = None
                     for v in range(count):
                         read = emit.load(emit.at(token, v * LANES)) if part == "exact" else None
                         if read is None:
                             position = _position(emit, emit.unsigned(emit.at(token, v * LANES), BYTES), part)
                             step, start_ = (emit.splat(builder.load(emit.at(of, grid, mine[v]))) for of in (scale, offset))
                             read = emit.fma(position, step, start_)
-                        size = builder.fmul(read, read) if size is None else emit.fma(read, read, size)
                         for r in range(rows):
                             emit.add_to(held[v][r], read, shares[r])
-                    place = emit.at(square, emit.times(t, LANES))
-                    emit.store(builder.select(fresh, size, builder.fadd(size, emit.load(place))), place)
                 for v in range(count):
                     for r in range(rows):
                         to = emit.at(output, channel, v * LANES, emit.times(width, r))
@@ -279,23 +272,6 @@ def _pair(emit: Emitter, held: Any) -> Any:
     return cgutils.pack_array(builder, [builder.extract_element(summed, ir.Constant(INT, i)) for i in range(2)])
 
 
-@intrinsic
-def row_sums(typing: Any, numbers: Any, start: Any, count: Any, sums: Any, to: Any) -> Any:
-    """sums[to + t] = the sum of the sixteen numbers at `numbers[start + 16 * t]`, for `count` rows (a multiple of 16)."""
-    signature = types.void(*(INDEX,) * 5)
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        emit, pointer = _emitter(context, builder, arguments)
-        numbers, sums = pointer(0, FLOAT), pointer(3, FLOAT)
-        with emit.loop(builder.udiv(arguments[2], long(LANES))) as chunk:
-            here = emit.times(chunk, LANES)
-            rows = [emit.load(emit.at(numbers, emit.times(here, LANES), k * LANES)) for k in range(LANES)]
-            emit.store(emit.sums(rows), emit.at(sums, here))
-        return context.get_dummy_value()
-
-    return signature, generate
-
-
 def _widened(kind: str) -> Any:
     @intrinsic
     def widened(typing: Any, source: Any, start: Any, numbers: Any, to: Any, count: Any) -> Any:
@@ -312,7 +288,7 @@ def _widened(kind: str) -> Any:
                 if kind == "float32":
                     wide = emit.load(emit.at(source, here))
                 elif kind == "float16":
-                    wide = emit.from_half(emit.unsigned(emit.at(source, here), HALVES))
+                    wide = emit.half(emit.at(source, here))
                 else:
                     wide = builder.bitcast(builder.shl(emit.unsigned(emit.at(source, here), HALVES), ints(16)), FLOATS)
                 emit.store(wide, emit.at(numbers, here))
@@ -324,6 +300,39 @@ def _widened(kind: str) -> Any:
 
 
 from_float32, from_float16, from_bfloat16 = _widened("float32"), _widened("float16"), _widened("bfloat16")
+
+
+@intrinsic
+def fetch(typing: Any, source: Any, start: Any, count: Any) -> Any:
+    """Ask for `count` bytes from byte `start` on to be brought near, for use soon. Addresses that nothing lies at do no harm."""
+    signature = types.void(*(INDEX,) * 3)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit = Emitter(context, builder)
+        source = emit.pointer(arguments[0], arguments[1], BYTE)
+        with emit.loop(builder.udiv(builder.add(arguments[2], long(LINE - 1)), long(LINE))) as line:
+            emit.fetch(emit.at(source, emit.times(line, LINE)))
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def lengths(typing: Any, source: Any, start: Any, count: Any, factor: Any, norms: Any) -> Any:
+    """norms[t] = factor times unsigned 16-bit number t from byte `start` on, `count` of them (a multiple of 16)."""
+    signature = types.void(*(INDEX,) * 3, types.float32, INDEX)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit = Emitter(context, builder)
+        source = builder.bitcast(emit.pointer(arguments[0], arguments[1], BYTE), HALF.as_pointer())
+        norms, factor = emit.pointer(arguments[4], long(0), FLOAT), emit.splat(arguments[3])
+        with emit.loop(builder.udiv(arguments[2], long(LANES))) as chunk:
+            here = emit.times(chunk, LANES)
+            codes = builder.sitofp(emit.unsigned(emit.at(source, here), HALVES), FLOATS)
+            emit.store(builder.fmul(codes, factor), emit.at(norms, here))
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 @intrinsic

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
 
 LANES = 16
+LINE = 64  # bytes of a cache line, on most processors
 FLOAT, BYTE, HALF, INT, LONG = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 FLOATS, BYTES, HALVES, INTS = (ir.VectorType(kind, LANES) for kind in (FLOAT, BYTE, HALF, INT))
 
@@ -32,6 +34,22 @@ def ints(x: int) -> ir.Constant:
 def long(x: int) -> ir.Constant:
     """An int64 constant."""
     return ir.Constant(LONG, x)
+
+
+def features() -> dict[str, bool]:
+    """What the processor has that numba compiles for; nothing is known of another one that somebody has asked it for."""
+    from llvmlite import binding
+    from numba.core import config as numba_config
+
+    config: Any = numba_config
+
+    return {} if config.CPU_NAME or config.CPU_FEATURES else dict(binding.get_host_cpu_features())
+
+
+@cache
+def converts_halves() -> bool:
+    """Whether the processor converts float16 numbers, whatever it does with subnormal ones otherwise."""
+    return features().get("f16c", False)
 
 
 class Emitter:
@@ -76,9 +94,16 @@ class Emitter:
         return self.builder.call(function, arguments)
 
     def splat(self, x: Any) -> Any:
-        """One float in every lane."""
-        one = self.builder.insert_element(ir.Constant(FLOATS, ir.Undefined), x, ir.Constant(INT, 0))
-        return self.builder.shuffle_vector(one, ir.Constant(FLOATS, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+        """One float or int32 in every lane."""
+        kind = ir.VectorType(x.type, LANES)
+        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), x, ir.Constant(INT, 0))
+        return self.builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(INTS, [0] * LANES))
+
+    def reduce(self, name: str, vector: Any) -> Any:
+        """One of LLVM's own reductions of int32 lanes."""
+        signature = ir.FunctionType(INT, [INTS])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, f"{name}.v{LANES}i32")
+        return self.builder.call(function, [vector])
 
     def pick(self, x: Any, y: Any, lanes: Sequence[int]) -> Any:
         """A vector of some lanes of two: 0 to 15 are those of `x`, 16 to 31 those of `y`."""
@@ -87,6 +112,13 @@ class Emitter:
     def unsigned(self, pointer: Any, kind: Any) -> Any:
         """Sixteen unsigned bytes or 16-bit numbers from memory, as int32."""
         return self.builder.zext(self.load(pointer, kind), INTS)
+
+    def fetch(self, pointer: Any) -> None:
+        """Ask for the cache line at a pointer to be brought near. If nothing lies there, that does no harm."""
+        name = "llvm.prefetch.p0i8" if str(pointer.type) == "i8*" else "llvm.prefetch.p0"
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, name)
+        self.builder.call(function, [pointer, *(ir.Constant(INT, x) for x in (0, 3, 1))])  # to read, to all caches, of data
 
     def variable(self, start: Any) -> Any:
         """A variable that loops change, with its first value; LLVM keeps it in a register."""
@@ -155,8 +187,16 @@ class Emitter:
         small = b.fcmp_ordered("<", x, floats(LOWEST_EXP))
         return b.select(small, floats(0.0), b.fmul(p, power))
 
+    def half(self, pointer: Any) -> Any:
+        """Sixteen float16 numbers from memory, in float32; infinities and NaN stay what they are."""
+        if converts_halves():
+            return self.builder.fpext(
+                self.builder.bitcast(self.load(pointer, HALVES), ir.VectorType(ir.HalfType(), LANES)), FLOATS
+            )
+        return self.from_half(self.unsigned(pointer, HALVES))
+
     def from_half(self, bits: Any) -> Any:
-        """float16 numbers, given as int32, in float32; infinities and NaN stay what they are."""
+        """float16 numbers, given as int32, in float32, by integers alone."""
         b = self.builder
         size = b.and_(bits, ints(0x7FFF))
         sign = b.shl(b.and_(bits, ints(0x8000)), ints(16))

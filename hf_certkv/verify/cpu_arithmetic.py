@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..codecs import KeyCodec, ValueCodec
-from ..kernels import cpu_certify, cpu_pass, micro, micro_combine
+from ..kernels import cpu_pass, cpu_round, micro, micro_combine
 from ..kernels.compiling import kernel
 from .arithmetic import KINDS, count_failures
 from .parts import Part
@@ -61,24 +61,20 @@ def _read_keys(queries: Numbers, codes: Numbers, grid: Numbers, out: Numbers) ->
 
 
 @plain
-def _read_values(
-    weights: Numbers, codes: Numbers, scale: Numbers, offset: Numbers, per: int, bits: int, squares: Numbers, out: Numbers
-) -> None:
+def _read_values(weights: Numbers, codes: Numbers, scale: Numbers, offset: Numbers, per: int, bits: int, out: Numbers) -> None:
     tokens, groups, width = len(codes), scale.shape[1], out.shape[1]
-    v, s, o, w, q, to = (
-        codes.ctypes.data, scale.ctypes.data, offset.ctypes.data, weights.ctypes.data, squares.ctypes.data, out.ctypes.data,
-    )  # fmt: skip
+    v, s, o, w, to = codes.ctypes.data, scale.ctypes.data, offset.ctypes.data, weights.ctypes.data, out.ctypes.data
     for row in range(0, len(weights), micro.ROWS):
         if bits == 8:
-            micro.gather_bytes(v, 0, s, o, groups, per, w, row * tokens, tokens, q, to, row * width, width)
+            micro.gather_bytes(v, 0, s, o, groups, per, w, row * tokens, tokens, to, row * width, width)
         else:
-            micro.gather_nibbles(v, 0, s, o, groups, per, w, row * tokens, tokens, q, to, row * width, width)
+            micro.gather_nibbles(v, 0, s, o, groups, per, w, row * tokens, tokens, to, row * width, width)
         if row % (2 * micro.ROWS):
             for r in range(row, row + micro.ROWS):
                 if bits == 8:
-                    micro.gather_bytes_1(v, 0, s, o, groups, per, w, r * tokens, tokens, q, to, r * width, width)
+                    micro.gather_bytes_1(v, 0, s, o, groups, per, w, r * tokens, tokens, to, r * width, width)
                 else:
-                    micro.gather_nibbles_1(v, 0, s, o, groups, per, w, r * tokens, tokens, q, to, r * width, width)
+                    micro.gather_nibbles_1(v, 0, s, o, groups, per, w, r * tokens, tokens, to, r * width, width)
 
 
 @plain
@@ -87,13 +83,15 @@ def _widened(bits: Numbers, dtype: int, out: Numbers) -> None:
 
 
 @plain
-def _values(weights: Numbers, values: Numbers, squares: Numbers, out: Numbers) -> None:
+def _values(weights: Numbers, values: Numbers, norms: Numbers, out: Numbers) -> None:
     tokens, width = values.shape
-    at, value, steps = weights.ctypes.data, values.ctypes.data, squares.ctypes.data
+    at, value, steps = weights.ctypes.data, values.ctypes.data, norms.ctypes.data
     if len(weights) == 1:
-        micro.gather_exact_1(value, 0, steps, steps, 0, 1, at, 0, tokens, squares.ctypes.data, out.ctypes.data, 0, width)
+        micro.gather_exact_1(value, 0, steps, steps, 0, 1, at, 0, tokens, out.ctypes.data, 0, width)
     else:
-        micro.gather_exact(value, 0, steps, steps, 0, 1, at, 0, tokens, squares.ctypes.data, out.ctypes.data, 0, width)
+        micro.gather_exact(value, 0, steps, steps, 0, 1, at, 0, tokens, out.ctypes.data, 0, width)
+    for t in range(tokens):
+        norms[t] = micro.dot(value, t * width, value, t * width, width)
 
 
 @plain
@@ -119,18 +117,13 @@ def _moments(weights: Numbers, norms: Numbers) -> tuple[float, float]:
 
 
 @plain
-def _row_sums(numbers: Numbers, out: Numbers) -> None:
-    micro.row_sums(numbers.ctypes.data, 0, len(out), out.ctypes.data, 0)
-
-
-@plain
 def _query_weights(sizes: Numbers, scales: Numbers) -> tuple[float, float]:
     return micro.query_weights(sizes.ctypes.data, 0, scales.ctypes.data, 0, len(sizes))
 
 
 @plain
 def _rounded(x: Numbers, shown: Numbers, out: Numbers, dtype: int) -> float:
-    return cpu_certify._round(x, shown, out.ctypes.data, 0, dtype)
+    return cpu_round.rounded(x, shown, out.ctypes.data, 0, dtype)
 
 
 def exp(x: Numbers) -> Numbers:
@@ -156,10 +149,8 @@ def scores(query: Numbers, keys: Numbers) -> Numbers:
 def values(weights: Numbers, values: Numbers) -> tuple[Numbers, Numbers]:
     """Weights `[1 or 4, tokens]` by values `[tokens, channels]`, and the values' squared norms."""
     tokens, width = values.shape
-    squares, out = np.empty((tokens, 16), np.float32), np.empty((len(weights), width), np.float32)
-    _values(weights, values, squares, out)
-    norms = np.empty(tokens, np.float32)
-    _row_sums(squares, norms)
+    norms, out = np.empty(tokens, np.float32), np.empty((len(weights), width), np.float32)
+    _values(weights, values, norms, out)
     return out, norms
 
 
