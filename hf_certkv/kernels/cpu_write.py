@@ -21,23 +21,20 @@ from .cpu_write_row import (
     FLOAT32,
     LARGEST,
     SMALLEST,
-    TILE,
+    copy,
     exact,
     extremes,
     grid,
     half_bits,
     load,
-    pack,
-    quantise,
-    raise_to,
-    residuals,
     round_up,
     spectral,
-    square,
-    squares,
+    spread,
     summing,
     without_step,
 )
+from .residual import FACTS, nibbles, token_both, token_coarse, token_fine
+from .vectors import LANES
 
 FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ready = False
@@ -68,25 +65,30 @@ def _write(
     heads, blocks, tokens, channels = sizes
     groups = channels if keyed else -(-channels // group)
     count = groups if keyed else tokens * groups
-    x = np.empty((tokens, channels), dtype=np.float32)
+    deep, wide, half = -(-tokens // LANES) * LANES, -(-channels // LANES) * LANES, (channels + 1) // 2
+    x = np.zeros((tokens, wide), dtype=np.float32)
     x_bits = x.view(np.int32)
     low, high = np.empty(count), np.empty(count)
     near, magic = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
     near_bits, magic_bits = near.view(np.int32), magic.view(np.int32)
-    origin, step, divisor, inverse = np.empty(channels), np.empty(channels), np.empty(channels), np.empty(channels)
-    place = np.empty(channels, dtype=np.int32)
-    read, shares = np.empty(channels), np.empty(channels)
-    rows = np.zeros((levels, -(-tokens // TILE) * TILE, channels), dtype=np.float32)
-    rank = -(-min(tokens, channels) // TILE) * TILE
-    turned = np.zeros((rank, tokens if tokens > channels else 0), dtype=np.float32)
+    lattice = np.zeros((4, wide))
+    origin, step, parts, inverse = lattice[0, :channels], lattice[1, :channels], lattice[2, :channels], lattice[3, :channels]
+    upper, lower, packed = (
+        np.zeros(2 * wide, dtype=np.uint8),
+        np.zeros(2 * wide, dtype=np.uint8),
+        np.empty(wide, dtype=np.uint8),
+    )
+    rows, turned = np.zeros((levels, deep, wide), dtype=np.float32), np.empty(deep * wide, dtype=np.float32)
+    rank = min(deep, wide)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
-    errors, total, peak = np.empty(levels), np.empty(levels), np.empty((levels, channels))
+    facts, peaks = np.empty(FACTS), np.empty((levels, LANES))
+    errors, total = np.empty(levels), np.empty(levels)
     for unit in range(start, stop):
         n, h, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         base = b * strides[0] + h * strides[1] + n * strides[2]
         finite = True
         for t in range(tokens):
-            finite &= load(bits16, bits32, form, base + t * strides[3], x[t], x_bits[t])
+            finite &= load(bits16, bits32, form, base + t * strides[3], x[t, :channels], x_bits[t, :channels])
         if not finite:
             left[unit] = True
             continue
@@ -104,56 +106,59 @@ def _write(
         grid(low, high, 256.0 if keyed else 16.0, near, near_bits, magic, magic_bits)
         half_bits(low, near, near_bits, offset[b, h, first + n])
         half_bits(high, near, near_bits, scale[b, h, first + n])
+        stepless = False
         if keyed:
             for c in range(channels):
                 origin[c], step[c] = low[c], high[c]
-                divisor[c] = high[c] if high[c] > 0.0 else np.inf
                 inverse[c] = 1.0 / high[c] if high[c] > 0.0 else 0.0
+                parts[c] = 16.0 * inverse[c]
+                stepless |= high[c] == 0.0
         radius, wrong = 0.0, False
-        errors[:], total[:], peak[:] = 0.0, 0.0, 0.0
+        errors[:], total[:], peaks[:] = 0.0, 0.0, 0.0
         for t in range(tokens):
             if not keyed:
                 steps = 0.0
                 for g in range(groups):
-                    s = high[t * groups + g]
+                    s, group_range = high[t * groups + g], slice(g * group, min((g + 1) * group, channels))
                     steps += s * s
-                    over = s if s > 0.0 else np.inf
-                    for c in range(g * group, min((g + 1) * group, channels)):
-                        origin[c], step[c], divisor[c] = low[t * groups + g], s, over
-                inverse[:] = 1.0 / np.sqrt(steps) if steps > 0.0 else 0.0
-            quantise(x[t], origin, divisor, 4095.0 if keyed else 255.0, place)
-            radius = max(radius, square(x[t]))
-            for level in range(levels):
-                coarse = level == 0 and not eight
-                residuals(x[t], place, coarse, origin, step, inverse, read, shares, rows[level, t])
-                error = squares(shares)
-                radius, errors[level] = max(radius, squares(read)), max(errors[level], error)
-                if keyed:
-                    raise_to(peak[level], shares)
-                norm = np.float64(round_up(np.sqrt(error)))
-                total[level] += norm * norm
-            if without_step(x[t], read, inverse):
-                wrong = True
-            row = codes[b, h, first + n, t]
-            if keyed:
-                for c in range(channels):
-                    row[c] = place[c] >> 4
-            elif eight:
-                for c in range(channels):
-                    row[c] = place[c]
-            else:
-                pack(place, 4, row)
+                    spread(low[t * groups + g], origin[group_range])
+                    spread(s, step[group_range])
+                    spread(16.0 / s if s > 0.0 else 0.0, parts[group_range])
+                spread(1.0 / np.sqrt(steps) if steps > 0.0 else 0.0, inverse)
+                stepless = steps == 0.0
+            address, to = x.ctypes.data + t * wide * 4, rows.ctypes.data + t * wide * 4
+            made, found = (upper.ctypes.data, lower.ctypes.data), (peaks.ctypes.data, facts.ctypes.data)
+            last = 4095.0 if keyed else 255.0
             if levels == 2:
-                pack(place, 0, plane[b, h, first + n, t])
+                token_both(address, lattice.ctypes.data, wide, last, made[0], made[1], to, deep * wide, found[0], found[1])
+            elif eight:
+                token_fine(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
+            else:
+                token_coarse(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
+            radius = max(radius, facts[0], facts[1])
+            for level in range(levels):
+                errors[level] = max(errors[level], facts[2 + level])
+                norm = np.float64(round_up(np.sqrt(facts[2 + level])))
+                total[level] += norm * norm
+            if stepless and without_step(x[t, :channels], origin, inverse):
+                wrong = True
+            if keyed or eight:
+                copy(upper, codes[b, h, first + n, t])
+            else:
+                nibbles(upper.ctypes.data, half, packed.ctypes.data)
+                copy(packed, codes[b, h, first + n, t])
+            if levels == 2:
+                nibbles(lower.ctypes.data, half, packed.ctypes.data)
+                copy(packed, plane[b, h, first + n, t])
         out = numbers[b, h, first + n]
         for level in range(levels):
             norm = round_up(np.sqrt(errors[level]))
             if norm != 0.0 and not SMALLEST < norm < LARGEST:
                 wrong = True
                 break
-            bound = spectral(rows[level], tokens, norm, turned, one, two)
+            bound = spectral(rows[level], tokens, channels, norm, turned, one, two)
             if keyed:
-                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peak[level].max()), norm, bound
+                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peaks[level].max()), norm, bound
             else:
                 out[3 * level], out[3 * level + 1] = norm, bound
                 out[3 * level + 2] = np.float32(np.sqrt(total[level] / tokens))
