@@ -5,7 +5,9 @@ Why the results are those of the codecs, and the numbers upper bounds as theirs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,9 @@ from .residual import FACTS, nibbles, token_both, token_coarse, token_fine
 from .vectors import LANES
 
 FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+CHUNK = 16  # blocks that a thread takes at a time
+Work = Callable[[int, int], object]  # on units start..stop-1
+Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
 _ready = False
 
 
@@ -187,6 +192,56 @@ def _compile() -> None:
         _ready = True
 
 
+def _shared(work: list[tuple[Work, int]]) -> None:
+    """Call each function for all of its units, a few at a time, on as many threads as get to it: some may be held up."""
+    waiting = deque(
+        partial(function, start, min(start + CHUNK, units)) for function, units in work for start in range(0, units, CHUNK)
+    )
+
+    def take(start: int, stop: int) -> None:
+        while True:
+            try:
+                share = waiting.popleft()
+            except IndexError:
+                return
+            share()
+
+    threads.run(take, min(len(waiting), torch.get_num_threads()))
+
+
+def _writing(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> tuple[np.ndarray, Work]:
+    """Which blocks `write` leaves out, and what writes some of them."""
+    _compile()
+    x = x.detach()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, blocks, tokens, channels = x.shape
+    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    flat = x.as_strided((span,), (1,))
+    bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
+    bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
+    keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
+    group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
+    codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
+    plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
+    scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
+    sizes = (heads, blocks, tokens, channels)
+    given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
+    return left, partial(_write, *given, codes, plane, scale, offset, numbers, left)
+
+
+def _signing(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int) -> Work:
+    """What signs some of the blocks."""
+    out = checksums.numpy()
+    given = [(words, factors, (out.shape[1], blocks), first, out, fresh) for words, factors, fresh in _words(parts)]
+
+    def work(start: int, stop: int) -> None:
+        for part in given:
+            _sign(*part, start, stop)
+
+    return work
+
+
 def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> Tensor:
     """Encode whole blocks into places from `first` on, but for the few that the codec has to encode.
 
@@ -195,26 +250,31 @@ def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], fir
         parts: contiguous tensors `[batch, kv_heads, places, ...]`, by name, as in `EncodedBlocks`; `plane` where there is one.
     Returns: bool `[batch, kv_heads, blocks]`: the blocks that were left out; what is written in their places means nothing.
     """
-    _compile()
-    x = x.detach()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, blocks, tokens, channels = x.shape
-    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
-    if x.numel():
-        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        flat = x.as_strided((span,), (1,))
-        bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
-        bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
-        keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
-        group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
-        codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
-        plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
-        scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
-        sizes = (heads, blocks, tokens, channels)
-        given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
-        made = (codes, plane, scale, offset, numbers, left)
-        threads.run(lambda start, stop: _write(*given, *made, start, stop), len(left))
-    return torch.from_numpy(left).view(batch, heads, blocks)
+    left, work = _writing(x, codec, parts, first)
+    _shared([(work, len(left))])
+    return torch.from_numpy(left).view(x.shape[:3])
+
+
+def write_signed(tasks: Sequence[Task], names: Sequence[str]) -> list[Tensor]:
+    """`write`, then `sign`, for several tensors at once; the checksums of blocks that are left out mean nothing.
+
+    Args: tasks: arguments of `write`, with a part `checksum`; names: of the parts that are signed, in their order.
+    Returns: what `write` returns, for each.
+    """
+    given: list[tuple[Work, int]] = []
+    made = []
+    for x, codec, parts, first in tasks:
+        left, writing = _writing(x, codec, parts, first)
+        signing = _signing([parts.get(name) for name in names], parts["checksum"], first, x.shape[2])
+
+        def work(start: int, stop: int, writing: Work = writing, signing: Work = signing) -> None:
+            writing(start, stop)
+            signing(start, stop)
+
+        given.append((work, len(left)))
+        made.append(torch.from_numpy(left).view(x.shape[:3]))
+    _shared(given)
+    return made
 
 
 def _words(parts: list[Tensor | None]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
@@ -232,11 +292,7 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
 
     Args: parts: contiguous, `[batch, kv_heads, places, ...]`; None where a format has no such part; checksums: written to.
     """
-    batch, heads = checksums.shape[:2]
-    out = checksums.numpy()
-    for words, factors, fresh in _words(parts):
-        given = (words, factors, (heads, blocks), first, out, fresh)
-        threads.run(lambda start, stop, given=given: _sign(*given, start, stop), batch * heads * blocks)  # type: ignore[misc]
+    _shared([(_signing(parts, checksums, first, blocks), checksums.shape[0] * checksums.shape[1] * blocks)])
 
 
 @summing
