@@ -121,6 +121,35 @@ class DecodeStep(StepInputs):
         """Which rows met their tolerance without promotions: bool `[B, H, R]`."""
         return torch.zeros(self.shape[:3], dtype=torch.bool, device=self.layer.device)
 
+    @cached_property
+    def output(self) -> Tensor:
+        """What is returned, `[B, H, R, W]` in the layer's type: at first what the CPU kernel has made."""
+        return self._of_the_kernel().result
+
+    @cached_property
+    def bound(self) -> Tensor:
+        """The bounds of the rows: float64 `[B, H, R]`, as are the others."""
+        return self._of_the_kernel().row_figure(0)
+
+    @cached_property
+    def candidate(self) -> Tensor:
+        """The bounds of the fast path."""
+        return self.bound
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """The L2 norms of what is returned."""
+        return self._of_the_kernel().row_figure(1)
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The errors to expect."""
+        return self._of_the_kernel().row_figure(2)
+
+    def _of_the_kernel(self) -> cpu.FusedStep:
+        assert self.fused is not None, "nothing was computed yet"
+        return self.fused
+
     def without_pass(self) -> None:
         """Nothing is computed from codes: everything is to be dense."""
         self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)

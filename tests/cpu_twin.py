@@ -31,8 +31,7 @@ def started(case: Case) -> DecodeStep:
         step = DecodeStep(layer, call)
         step.first_pass()
         if step.at_once and step.fused is not None:  # what is looked at here, and a settled step does without
-            step._take(step.fused)
-            step.candidate, step.at_once, step.settled = step.bound, False, False
+            step.at_once = step.settled = False
     return step
 
 

@@ -261,7 +261,7 @@ def check_lengths(made: EncodedBlocks, exact: list[list[Fraction]]) -> None:
         stored = (code % 2**16) * most / codecs.LENGTHS
         assert squares(row) <= stored <= squares(row) + most * Fraction(1001, 1000 * codecs.LENGTHS)
     read = codecs.read_lengths(made.lengths, made.numbers[-1])
-    assert bool((read >= torch.tensor([float(squares(row)) for row in exact]).double() * (1 - 2.0**-50)).all())
+    assert bool((read >= torch.tensor([float(squares(row)) for row in exact], dtype=torch.float64) * (1 - 2.0**-50)).all())
 
 
 def check_values(x: Tensor, codec: ValueCodec) -> None:

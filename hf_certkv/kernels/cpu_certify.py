@@ -156,8 +156,8 @@ def certify(task: Task, claim: Claim, unit: int) -> None:
         l1, l2 = memory.float32s(task.query_l1 + 4 * places, blocks), memory.float32s(task.query_l2 + 4 * places, blocks)
         key_total = _keys(
             maximum, sums, squares, factors, normaliser, inflate, numbers, l1, l2, np.float64(top[row]), inner, slips, per_step,
-            output, exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling), task.channels,
-            task.block + width, figures, between,
+            output, exact_mass, norm + value_total + fixed, value_total + rounding, value_norm, abs(claim.scaling),
+            task.channels, task.block + width, figures, between,
         )  # fmt: skip
         bound = (key_total + value_total + fixed) * OUTWARD
         if not math.isfinite(norm):

@@ -304,7 +304,7 @@ from_float32, from_float16, from_bfloat16 = _widened("float32"), _widened("float
 
 @intrinsic
 def fetch(typing: Any, source: Any, start: Any, count: Any) -> Any:
-    """Ask for `count` bytes from byte `start` on to be brought near, for use soon. Addresses that nothing lies at do no harm."""
+    """Ask for `count` bytes from byte `start` on to be brought near. Where nothing lies, that does no harm."""
     signature = types.void(*(INDEX,) * 3)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -158,8 +158,8 @@ def key_digits(
         folded = emit.sums([b.load(constant), b.load(sized), b.load(total), floats(0.0)])
         c0, a0, b0 = (b.extract_element(folded, ir.Constant(INT, i)) for i in range(3))
         # Where the largest factor overflowed, or is not a number, nor is any score.
-        largest = b.bitcast(most, FLOAT)
-        b.store(b.fadd(c0, b.fsub(largest, largest)), emit.at(facts, CONSTANT))
+        factor_most = b.bitcast(most, FLOAT)
+        b.store(b.fadd(c0, b.fsub(factor_most, factor_most)), emit.at(facts, CONSTANT))
         b.store(b.fmul(unit, ir.Constant(FLOAT, 256.0)), emit.at(facts, HIGH))
         b.store(unit, emit.at(facts, LOW))
         width = b.uitofp(channels, FLOAT)

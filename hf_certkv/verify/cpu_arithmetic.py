@@ -281,9 +281,9 @@ def decoded(part: Part, generator: Generator) -> None:
             groups = -(-width // codec.group_size(width))
             step, start = (torch.randn(2, tokens, groups, generator=generator) * 8).half()
             stored = codes if bits == 8 else codes[:, : width // 2].contiguous()
-            one, squares, values = np.eye(tokens, dtype=np.float32), np.empty((tokens, 16), np.float32), out.T.copy()
+            one, values = np.eye(tokens, dtype=np.float32), out.T.copy()
             given = stored.numpy(), step.float().numpy(), start.float().numpy(), codec.group_size(width) // 16, bits
-            _read_values(one, *given, squares, values)
+            _read_values(one, *given, values)
             _compare(part, f"int{bits} values, {width} channels", values, codec.decode(stored, None, step, start, width))
     bits_of = np.arange(2**16, dtype=np.uint16)
     for dtype, code in ((torch.float16, cpu_pass.FLOAT16), (torch.bfloat16, cpu_pass.BFLOAT16)):

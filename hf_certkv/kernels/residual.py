@@ -1,0 +1,157 @@
+"""One token's codes and what is measured of them, in one pass of vector code behind numba intrinsics.
+
+Arrays are given by their addresses; the number of channels is a multiple of LANES, filled up with zeros. Nothing that makes a
+residual may be reassociated or rounded otherwise than `cpu_write_row` says; sums of squares may.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+from ..codecs import LOW_BITS, MIDDLE
+from .vectors import BYTE, BYTES, FLOAT, FLOATS, INTS, LANES, Emitter, long
+
+INDEX = types.intp
+intrinsic: Any = _intrinsic  # its calls look otherwise than its definition
+DOUBLE = ir.DoubleType()
+DOUBLES = ir.VectorType(DOUBLE, LANES)
+ROUNDER = 1.5 * 2.0**52  # added and subtracted: rounds to the nearest integer, ties to even
+FACTS = 5  # of a token: squares of the originals, the most of what is read, errors at both levels, and of what level 0 reads
+
+
+def doubles(x: float) -> ir.Constant:
+    """The same float64 number in every lane."""
+    return ir.Constant(DOUBLES, [x] * LANES)
+
+
+def _call(emit: Emitter, name: str, *arguments: Any) -> Any:
+    """One of LLVM's own functions on vectors of float64 numbers."""
+    signature = ir.FunctionType(DOUBLES, [DOUBLES] * len(arguments))
+    function = cgutils.get_or_insert_function(emit.builder.module, signature, f"{name}.v{LANES}f64")
+    return emit.builder.call(function, arguments)
+
+
+def _larger(emit: Emitter, x: Any, y: Any) -> Any:
+    """The larger of numbers that are no NaN."""
+    return emit.builder.select(emit.builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _folded(emit: Emitter, x: Any) -> Any:
+    """The sum of the lanes."""
+    b, count = emit.builder, LANES
+    while count > 1:
+        count //= 2
+        lower, upper = (ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(at, at + count))) for at in (0, count))
+        x = b.fadd(b.shuffle_vector(x, x, lower), b.shuffle_vector(x, x, upper))
+    return b.extract_element(x, ir.Constant(ir.IntType(32), 0))
+
+
+def _bytes(emit: Emitter, x: Any, to: Any) -> None:
+    """Whole numbers, stored as bytes."""
+    emit.store(emit.builder.trunc(emit.builder.fptosi(x, INTS), BYTES), to)
+
+
+def _token(levels: Sequence[str]) -> Any:
+    """The pass for a format: `levels` are those of "coarse", the middle of a cell, and "fine", all bits, that it has."""
+
+    @intrinsic
+    def token(
+        typing: Any,
+        x: Any,
+        grid: Any,
+        width: Any,
+        last: Any,
+        upper: Any,
+        lower: Any,
+        rows: Any,
+        apart: Any,
+        peaks: Any,
+        facts: Any,
+    ) -> Any:
+        """Codes of `width` channels at `x`, residuals in float32 at `rows`, a level's `apart` behind that before.
+
+        `grid`: float64 `[4, width]`: origin, step, sixteenths of a step that make one, what an error is multiplied by.
+        `upper`, `lower`: bytes: high and low codes, or all bits in `upper` where a format has only one level, with all bits.
+        `peaks`: float64 `[levels, LANES]`, raised to the largest residuals. `facts`: float64, see FACTS.
+        """
+        signature = types.void(INDEX, INDEX, INDEX, types.float64, *(INDEX,) * 6)
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            emit, b = Emitter(context, builder), builder
+            width, last, apart = arguments[2], arguments[3], arguments[7]
+            x, rows = (emit.pointer(arguments[i], long(0), FLOAT) for i in (0, 6))
+            grid, peaks, facts = (emit.pointer(arguments[i], long(0), DOUBLE) for i in (1, 8, 9))
+            upper, lower = (emit.pointer(arguments[i], long(0), BYTE) for i in (4, 5))
+            one = b.insert_element(ir.Constant(DOUBLES, ir.Undefined), last, ir.Constant(ir.IntType(32), 0))
+            last = b.shuffle_vector(one, one, ir.Constant(INTS, [0] * LANES))
+            size, *made = (emit.variable(doubles(0.0)) for _ in range(1 + 2 * len(levels)))
+            reads, errors = made[: len(levels)], made[len(levels) :]
+            tops = [emit.variable(emit.load(emit.at(peaks, level * LANES), DOUBLES)) for level in range(len(levels))]
+
+            def add_square(place: Any, number: Any) -> None:
+                b.store(_call(emit, "llvm.fmuladd", number, number, b.load(place)), place)
+
+            with emit.loop(b.udiv(width, long(LANES))) as chunk:
+                c = emit.times(chunk, LANES)
+                number = b.fpext(emit.load(emit.at(x, c)), DOUBLES)
+                origin, step, parts, inverse = (emit.load(emit.at(grid, c, emit.times(width, i)), DOUBLES) for i in range(4))
+                position = b.fmul(b.fsub(number, origin), parts)
+                position = b.select(b.fcmp_ordered(">", position, doubles(0.0)), position, doubles(0.0))
+                position = b.select(b.fcmp_ordered("<", position, last), position, last)
+                code = b.fsub(b.fadd(position, doubles(ROUNDER)), doubles(ROUNDER))
+                fine = b.fmul(code, doubles(2.0**-LOW_BITS))
+                cell = _call(emit, "llvm.floor", fine)
+                if levels == ("fine",):
+                    _bytes(emit, code, emit.at(upper, c))
+                else:
+                    _bytes(emit, cell, emit.at(upper, c))
+                    _bytes(emit, b.fsub(code, b.fmul(cell, doubles(2.0**LOW_BITS))), emit.at(lower, c))
+                add_square(size, number)
+                for level, kind in enumerate(levels):
+                    at = b.fadd(cell, doubles(MIDDLE)) if kind == "coarse" else fine
+                    read = b.fadd(origin, b.fmul(step, at))
+                    share = b.fmul(b.fsub(read, number), inverse)
+                    emit.store(b.fptrunc(share, FLOATS), emit.at(rows, c, b.mul(apart, long(level))))
+                    add_square(reads[level], read)
+                    add_square(errors[level], share)
+                    b.store(_larger(emit, _call(emit, "llvm.fabs", share), b.load(tops[level])), tops[level])
+            largest = _folded(emit, b.load(reads[0]))
+            for place in reads[1:]:
+                largest = _larger(emit, _folded(emit, b.load(place)), largest)
+            for i, fact in enumerate([_folded(emit, b.load(size)), largest, *(_folded(emit, b.load(e)) for e in errors)]):
+                b.store(fact, emit.at(facts, i))
+            b.store(_folded(emit, b.load(reads[0])), emit.at(facts, FACTS - 1))
+            for level, place in enumerate(tops):
+                emit.store(b.load(place), emit.at(peaks, level * LANES))
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return token
+
+
+token_both, token_coarse, token_fine = _token(("coarse", "fine")), _token(("coarse",)), _token(("fine",))
+
+
+@intrinsic
+def nibbles(typing: Any, codes: Any, half: Any, out: Any) -> Any:
+    """Bytes below 16, two to a byte: out[c] = codes[c] + 16 codes[half + c], in whole vectors beyond `half`."""
+    signature = types.void(*(INDEX,) * 3)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit, half = Emitter(context, builder), arguments[1]
+        codes, out = (emit.pointer(arguments[i], long(0), BYTE) for i in (0, 2))
+        with emit.loop(builder.udiv(builder.add(half, long(LANES - 1)), long(LANES))) as chunk:
+            c = emit.times(chunk, LANES)
+            first, second = emit.load(emit.at(codes, c), BYTES), emit.load(emit.at(codes, c, half), BYTES)
+            shifted = builder.shl(second, ir.Constant(BYTES, [LOW_BITS] * LANES))
+            emit.store(builder.or_(first, shifted), emit.at(out, c))
+        return context.get_dummy_value()
+
+    return signature, generate
