@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hf_certkv.codecs import PER_LEVEL
 
-ROWS, CHANNELS, BLOCK, GROUP = 4, 128, 64, 32
+ROWS, CHANNELS, BLOCK, GROUP, DIGITS = 4, 128, 64, 32, 3
 LANES, TILE, STRIP = 16, 4, 4  # floats a vector, tokens a tile of scores, vectors of channels a strip: as in kernels/micro.py
 FLOAT, HALF, DOUBLE = 4, 2, 8
 
@@ -22,6 +22,7 @@ def coded_bytes(value_bits: int = 4, key_levels: int = 2) -> dict[str, float]:
         "value codes": CHANNELS * value_bits / 8,
         "value steps and offsets, by token and group": 2 * HALF * groups,
         "block numbers": FLOAT * numbers / BLOCK,
+        "squared norms of values": HALF,
     }
 
 
@@ -29,7 +30,7 @@ def scratch_bytes() -> dict[str, float]:
     """Bytes that the pass leaves for the certificate, for a token and KV head. Written once; outputs are read twice."""
     return {
         "outputs of the block, float32": FLOAT * ROWS * CHANNELS / BLOCK,
-        "maxima, eight sums, norms, query weights": FLOAT * (ROWS * (1 + 8 + 2) + 1) / BLOCK,
+        "maxima, eight sums, norms, query weights, roundings": FLOAT * (ROWS * (1 + 8 + 3) + 2) / BLOCK,
         "masses, shifts, parts, steps, float64": DOUBLE * 5 * ROWS / BLOCK,
     }
 
@@ -48,12 +49,34 @@ def coded_operations() -> dict[str, float]:
         "keys: load query, steps, offsets, once a tile of four tokens": (ROWS + 2) * vectors / TILE,
         "keys: products, a row each": ROWS * vectors,
         "keys: lanes folded into scores": 3 * (ROWS * TILE - 1) / TILE,
-        "softmax: maximum, exp, eight sums": (2 + 22 + 10) * ROWS / LANES,
         "values: load, nibble, to float, add the middle, scale": 7 * vectors,
-        "values: squares, for the certificate": vectors + 3 * strips,
         "values: weights spread over lanes": ROWS * strips,
         "values: products, a row each": ROWS * vectors,
-        "values: steps from float16, and their norm": 12 * 2 * (CHANNELS / GROUP) / LANES + 19 / LANES,
+        **_either(),
+    }
+
+
+def _either() -> dict[str, float]:
+    """What both ways of reading codes do."""
+    return {
+        "softmax: maximum, exp, eight sums": (2 + 22 + 10) * ROWS / LANES,
+        "values: steps from float16, and their norm": 2 * 2 * (CHANNELS / GROUP) / LANES + 19 / LANES,
+    }
+
+
+def integer_operations() -> dict[str, float]:
+    """The same where codes are multiplied as integers: vectors of 64 bytes."""
+    chunks, pieces, groups = CHANNELS / (4 * LANES), CHANNELS / 2 / LANES, CHANNELS / GROUP
+    return {
+        "keys: sixteen tokens loaded, transposed, put down and taken up": chunks * (LANES + 4 * LANES + 2 * LANES) / LANES,
+        "keys: products, a row and digit each": chunks * ROWS * DIGITS,
+        "keys: scores from sums": 6 * ROWS / LANES,
+        "keys: digits of the query, once a block": (10 + 13) * ROWS * (CHANNELS / LANES) / BLOCK,
+        "values: four tokens loaded and interleaved, nibbles": pieces * 9 / 4,
+        "values: products, a row and digit each": 2 * pieces * ROWS * DIGITS / 4,
+        "values: digits of the weights": 9 * ROWS * groups / LANES,
+        "values: outputs from sums, once a block": 6 * ROWS * (CHANNELS / LANES) / BLOCK,
+        **_either(),
     }
 
 

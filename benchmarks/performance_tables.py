@@ -40,12 +40,14 @@ def bytes_table() -> str:
 
 def operations_table() -> str:
     """Vector operations for a token and KV head."""
-    parts = costs.coded_operations()
-    rows = [[name, f"{count:.1f}"] for name, count in parts.items()]
-    rows.append(["**K8 V4, all**", f"**{sum(parts.values()):.0f}**"])
+    ways = costs.coded_operations(), costs.integer_operations()
+    rows = []
+    for name in dict.fromkeys([*ways[0], *ways[1]]):
+        rows.append([name, *(f"{way[name]:.1f}" if name in way else "" for way in ways)])
+    rows.append(["**K8 V4, all**", *(f"**{sum(way.values()):.0f}**" for way in ways)])
     for name, width in (("dense bf16, at least", 2), ("dense float32, at least", 4)):
-        rows.append([name, f"{sum(costs.dense_operations(width).values()):.0f}"])
-    return table(("operations on vectors of sixteen floats, for a token and KV head", "number"), rows)
+        rows.append([name, f"{sum(costs.dense_operations(width).values()):.0f}", ""])
+    return table(("operations on 64-byte vectors, for a token and KV head", "codes as floats", "codes as integers"), rows)
 
 
 def bandwidth_table(found: Result) -> str:
