@@ -34,9 +34,10 @@ def paper_promotions(step: DecodeStep) -> None:
     two = torch.full_like(step.key_level, 2)
     values = torch.where(heavy, two, step.value_level)
     shift = step.shift
+    rounded = step.fused.score_errors() if step.fused is not None else torch.zeros_like(shift)
     step.raise_to(torch.where(selected, two, step.key_level), values)
     if config.paper_canary:
-        _canary(step, old_maximum, shift, selected)
+        _canary(step, old_maximum, shift + rounded, selected)
     depth = config.paper_rank_depth
     if depth == 0:
         return

@@ -69,7 +69,7 @@ def settled_record(step: DecodeStep) -> StepRecord:
         step.layer.layer_idx,
         _constant(by_head, FAST),
         bound,
-        bound,
+        bound.copy(),
         expected,
         norm,
         _constant(by_head, np.nan),

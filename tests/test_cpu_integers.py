@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,3 +179,19 @@ def test_values(bits: int, group: int, width: int, rows: int, kind: str) -> None
         # What is said beside that is little of what the formats round anyway, where weights are alike.
         if kind == "equal":
             assert (said <= 2.0**-7 * (weights.astype(np.float64) @ sigma) * math.sqrt(width)).all()
+
+
+def test_a_processor_that_numba_is_told_to_do_without() -> None:
+    """Features that numba leaves out are not used: compiled for nothing, they would end the process."""
+    code = (
+        "import torch\n"
+        "from hf_certkv.kernels import micro_integers, vectors\n"
+        "from test_cpu_kernel import case_of, started\n"
+        "assert not micro_integers.supported()\n"
+        "step = started(case_of(0))\n"
+        "assert step.fused is not None and not step.fused.integers\n"
+    )
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, *sys.path])
+    for variable in ({"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_FEATURES": ""}):
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, **variable, "PYTHONPATH": path}, check=True)

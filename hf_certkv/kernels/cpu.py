@@ -203,7 +203,7 @@ class FusedStep:
         ints, left = self.numbers, self.scratch("left", self.units, np.int64)[0]
         left[:] = spans
         ints[AT["what"]], ints[AT["spans"]], ints[AT["taken"]], ints[AT["done"]] = what, spans, 0, 0
-        team.run(_address(), ints.ctypes.data, min(torch.get_num_threads(), self.units * spans))
+        team.run(_address(self.integers), ints.ctypes.data, min(torch.get_num_threads(), self.units * spans))
         finished = int(ints[AT["done"]])
         if finished != self.units:
             raise MemoryError(f"no memory for scratch: the CPU kernel finished {finished} of {self.units} KV heads")
@@ -289,6 +289,12 @@ class FusedStep:
         figures = self.scratch("figures", 5 * self.units * self.used * self.blocks, np.float64)[0]
         return torch.from_numpy(figures).view(5, *self.shape[:3], self.blocks)[which].clone()
 
+    def score_errors(self) -> Tensor:
+        """How far scores of codes that were multiplied as integers may be off, else 0: float64 `[B, H, R, N]`, a copy."""
+        batch, heads, used, _ = self.shape
+        flat = self.scratch("errors", self.units * self.rows * self.blocks, np.float32)[0]
+        return torch.from_numpy(flat).view(batch, heads, self.rows, self.blocks)[:, :, :used].double()
+
     def certificate(self) -> Certificate:
         """The bound and its parts."""
         bound, fixed, key_total, value_total = (self.row_figure(which) for which in (0, 3, 4, 5))
@@ -303,14 +309,15 @@ def _modules() -> tuple[Any, Any]:
     return cpu_layout, cpu_step
 
 
-@lru_cache(maxsize=1)
-def _address() -> int:
+@lru_cache(maxsize=2)
+def _address(integers: bool) -> int:
     """Where the compiled step begins; it is compiled once, and not in every thread, with a word to the user."""
     from . import compiling, cpu_step
 
-    if not compiling.is_kept(cpu_step.share):
+    function = cpu_step.share_integers if integers else cpu_step.share
+    if not compiling.is_kept(function):
         compiling.announce()
-    return compiling.address(cpu_step.share)
+    return compiling.address(function)
 
 
 def _along_tokens(bias: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import cpu_certify, cpu_integers, cpu_pass, memory, micro_integers
+from . import cpu_certify, cpu_integers, cpu_pass, memory
 from .compiling import kernel, part
 from .cpu_certify import CLAIM, Claim
 from .cpu_pass import TASK, Task
@@ -40,40 +40,63 @@ WORK = memory.record(Work)
 STEP = np.dtype([("task", TASK), ("claim", CLAIM), ("work", WORK)])
 CLAIM_AT, WORK_AT = TASK.itemsize, TASK.itemsize + CLAIM.itemsize
 TAKEN_AT, DONE_AT = WORK_AT + WORK.fields["taken"][1], WORK_AT + WORK.fields["done"][1]  # type: ignore[index]
-# Where the processor has no such products, the function is not even to be compiled.
-_integers = cpu_integers.blocks if micro_integers.supported() else cpu_pass.blocks
 _task, _claim, _work = memory.reader(TASK), memory.reader(CLAIM), memory.reader(WORK)
 
 
 @kernel(error_model="numpy")
 def share(step: int) -> None:
-    """Take items of the step at an address until none is left."""
+    """Take items of the step at an address until none is left; codes as float32."""
     task, claim, work = _task(step), _claim(step + CLAIM_AT), _work(step + WORK_AT)
-    spans = work.spans if work.what == WHOLE else 1
-    while True:
+    item = memory.add_shared(step + TAKEN_AT, 1)
+    while item < work.units * work.spans:
+        if _begin(task, claim, work, item):
+            first, last = _span(task, work, item)
+            cpu_pass.blocks(task, item // work.spans, first, last)
+        _end(task, claim, work, item // work.spans, step)
         item = memory.add_shared(step + TAKEN_AT, 1)
-        if item >= work.units * spans:
+
+
+@kernel(error_model="numpy")
+def share_integers(step: int) -> None:
+    """The same, codes as integers. Only to be compiled where the processor can do that (`micro_integers.supported`)."""
+    task, claim, work = _task(step), _claim(step + CLAIM_AT), _work(step + WORK_AT)
+    item = memory.add_shared(step + TAKEN_AT, 1)
+    while item < work.units * work.spans:
+        if _begin(task, claim, work, item):
+            first, last = _span(task, work, item)
+            cpu_integers.blocks(task, item // work.spans, first, last)
+        _end(task, claim, work, item // work.spans, step)
+        item = memory.add_shared(step + TAKEN_AT, 1)
+
+
+@part
+def _begin(task: Task, claim: Claim, work: Work, item: int) -> bool:
+    """What comes before an item's blocks. Returns whether there are any to be computed."""
+    if work.what == PREPARE or (work.what == WHOLE and work.spans == 1):
+        _prepare(task, claim, work.query, item // work.spans)
+    return work.what == WHOLE
+
+
+@part
+def _span(task: Task, work: Work, item: int) -> tuple[int, int]:
+    """An item's blocks: first, and behind the last."""
+    span = item % work.spans
+    return task.blocks * span // work.spans, task.blocks * (span + 1) // work.spans
+
+
+@part
+def _end(task: Task, claim: Claim, work: Work, unit: int, step: int) -> None:
+    """What comes behind an item's blocks; behind the last item of a unit, its certificate."""
+    if work.what == WHOLE:
+        if work.spans > 1 and memory.add_shared(work.left + 8 * unit, -1) > 1:
             return
-        unit, span = item // spans, item % spans
-        if work.what == MERGE:
-            cpu_certify.merge(task, claim, unit)
-        elif work.what == PREPARE:
-            _prepare(task, claim, work.query, unit)
-        else:
-            if work.what == WHOLE:
-                if spans == 1:
-                    _prepare(task, claim, work.query, unit)
-                first, last = task.blocks * span // spans, task.blocks * (span + 1) // spans
-                if task.integers != 0:
-                    _integers(task, unit, first, last)
-                else:
-                    cpu_pass.blocks(task, unit, first, last)
-                if spans > 1 and memory.add_shared(work.left + 8 * unit, -1) > 1:
-                    continue
-                key_norm, value_norm = cpu_pass.exact_tokens(task, unit)
-                cpu_certify.radii(task, claim, unit, key_norm, value_norm)
-            cpu_certify.certify(task, claim, unit)
-        memory.add_shared(step + DONE_AT, 1)
+        key_norm, value_norm = cpu_pass.exact_tokens(task, unit)
+        cpu_certify.radii(task, claim, unit, key_norm, value_norm)
+    if work.what == MERGE:
+        cpu_certify.merge(task, claim, unit)
+    elif work.what != PREPARE:
+        cpu_certify.certify(task, claim, unit)
+    memory.add_shared(step + DONE_AT, 1)
 
 
 @part

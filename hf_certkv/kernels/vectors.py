@@ -37,13 +37,15 @@ def long(x: int) -> ir.Constant:
 
 
 def features() -> dict[str, bool]:
-    """What the processor has that numba compiles for; nothing is known of another one that somebody has asked it for."""
+    """What numba compiles for: the processor's features, less what it was told, or chooses, to leave out."""
     from llvmlite import binding
     from numba.core import config as numba_config
 
     config: Any = numba_config
-
-    return {} if config.CPU_NAME or config.CPU_FEATURES else dict(binding.get_host_cpu_features())
+    if config.CPU_NAME or config.CPU_FEATURES is not None:  # for another processor, of which nothing is known here
+        return {}
+    found = dict(binding.get_host_cpu_features())
+    return {name: has and (config.ENABLE_AVX or not name.startswith("avx")) for name, has in found.items()}
 
 
 @cache

@@ -100,7 +100,7 @@ def serve(case: Case, device: torch.device, chunk: int | None = None, again: int
         1 + 3 * spectral + 16 * (channels + 8) * 2.0**-23,
         _on_cpu(keys),
         _on_cpu(values),
-        torch.from_numpy(record.rung),
+        torch.from_numpy(record.rung.copy()),
         judge(case, output, record, cache.settings).breaches,
     )
 
