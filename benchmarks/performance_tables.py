@@ -156,9 +156,8 @@ def certificate_line(found: Result) -> str:
 def growth_table(bench: Result) -> str:
     """Exponents of the context, of the shape and trace that stand for all; docs/benchmarks.md has the others."""
     lines = (report.growth_table(bench) or "").splitlines()
-    found = "\n".join(
-        [*lines[:2], *(line for line in lines[2:] if "| 1x128 |" in line and ("| diffuse |" in line or "| - |" in line))]
-    )
+    usual = [line for line in lines[2:] if "| 1x128 |" in line and ("| diffuse |" in line or "| - |" in line)]
+    found = "\n".join([*lines[:2], *usual])
     return f"{found}\n\n{report.provenance(bench)}" if found else "One context only: no exponent."
 
 
