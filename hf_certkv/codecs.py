@@ -107,8 +107,7 @@ def grid_codes(x: Tensor, low: Tensor, high: Tensor, high_bits: int) -> tuple[Te
     # Never negative: below the finite range the offset is clamped to above `high`, and what that costs is measured.
     scale = round_half_up(((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS)).clamp_min(0.0)) + 0.0
     step = scale.double()
-    # Times the reciprocal, as the compiled writer does it: which of two codes a tie gets is left open, but must be the same.
-    position = (x - offset.double()) * torch.where(step > 0, 1 / step, torch.zeros_like(step))
+    position = torch.where(step > 0, (x - offset.double()) / step, torch.zeros_like(x))
     code = torch.round(position * 2**LOW_BITS).nan_to_num(0.0).clamp(0, cells * 2**LOW_BITS - 1).to(torch.int32)
     return (code >> LOW_BITS).to(torch.uint8), (code & (2**LOW_BITS - 1)).to(torch.uint8), scale, offset
 

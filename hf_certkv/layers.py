@@ -18,7 +18,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .codecs import KeyCodec, ValueCodec
 from .config import CertKVConfig
-from .copying import contiguous
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
 from .memo import BlockMemo
@@ -149,7 +148,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.new_tokens = count
         if was_empty:
             # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
-            return contiguous(key_states), contiguous(value_states)
+            return key_states.contiguous(), value_states.contiguous()
         if self.store.blocks == 0:
             return self.materialise(KEYS), self.materialise(VALUES)
         return Handle.make(self, KEYS), Handle.make(self, VALUES)

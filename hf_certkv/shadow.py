@@ -15,7 +15,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .copying import copy
 from .errors import CorruptedPageError, HostMemoryError
 
 KEYS, VALUES = 0, 1
@@ -125,11 +124,7 @@ class ShadowPages:
         while done < source.shape[0]:
             slab, place = self._place(self.blocks + done)
             count = min(self.rows_per_slab - place, source.shape[0] - done)
-            pages, part = slab.pages[kind][place : place + count], source[done : done + count]
-            if part.is_cuda:
-                pages.copy_(part, non_blocking=non_blocking)
-            else:
-                copy(pages, part)
+            slab.pages[kind][place : place + count].copy_(source[done : done + count], non_blocking=non_blocking)
             done += count
 
     def _copy_aside(self, sources: tuple[Tensor, Tensor], count: int) -> None:

@@ -183,11 +183,11 @@ def test_spectral_numbers_bound_the_norm() -> None:
             for factor in (1.0, 1e-25, 1e25):
                 x = ((left @ right) * factor).float()
                 norm = float(codecs.round_up(torch.linalg.vector_norm(x.double(), dim=-1)).amax())
-                deep, wide = -(-tokens // 16) * 16, -(-channels // 16) * 16
-                rows, turned = np.zeros((deep, wide), np.float32), np.empty(deep * wide, np.float32)
-                rows[:tokens, :channels] = x.numpy()
-                one, two = (np.empty((min(deep, wide),) * 2, dtype=np.float32) for _ in range(2))
-                bound = float(cpu_write_row.spectral(rows, tokens, channels, np.float32(norm), turned, one, two))
+                filled = -(-tokens // 4) * 4, -(-min(tokens, channels) // 4) * 4
+                rows, turned = np.zeros((filled[0], channels), np.float32), np.zeros((filled[1], tokens), np.float32)
+                rows[:tokens] = x.numpy()
+                one, two = (np.empty((filled[1], filled[1]), dtype=np.float32) for _ in range(2))
+                bound = float(cpu_write_row.spectral(rows, tokens, np.float32(norm), turned, one, two))
                 assert bound >= float(torch.linalg.matrix_norm(x.double(), ord=2))
                 expected = float(codecs.spectral_bound(x, torch.tensor(norm)))
                 assert bound == pytest.approx(expected, rel=1e-5)

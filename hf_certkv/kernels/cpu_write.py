@@ -5,9 +5,7 @@ Why the results are those of the codecs, and the numbers upper bounds as theirs 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -23,26 +21,26 @@ from .cpu_write_row import (
     FLOAT32,
     LARGEST,
     SMALLEST,
-    copy,
+    TILE,
     exact,
     extremes,
     grid,
     half_bits,
     length_codes,
     load,
+    pack,
+    quantise,
+    raise_to,
+    residuals,
     round_up,
     spectral,
-    spread,
+    square,
+    squares,
     summing,
     without_step,
 )
-from .residual import FACTS, nibbles, token_both, token_coarse, token_fine
-from .vectors import LANES
 
 FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-CHUNK = 16  # blocks that a thread takes at a time
-Work = Callable[[int, int], object]  # on units start..stop-1
-Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
 _ready = False
 
 
@@ -72,30 +70,26 @@ def _write(
     heads, blocks, tokens, channels = sizes
     groups = channels if keyed else -(-channels // group)
     count = groups if keyed else tokens * groups
-    deep, wide, half = -(-tokens // LANES) * LANES, -(-channels // LANES) * LANES, (channels + 1) // 2
-    x = np.zeros((tokens, wide), dtype=np.float32)
+    x = np.empty((tokens, channels), dtype=np.float32)
     x_bits = x.view(np.int32)
     low, high = np.empty(count), np.empty(count)
     near, magic = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
     near_bits, magic_bits = near.view(np.int32), magic.view(np.int32)
-    lattice = np.zeros((4, wide))
-    origin, step, parts, inverse = lattice[0, :channels], lattice[1, :channels], lattice[2, :channels], lattice[3, :channels]
-    upper, lower, packed = (
-        np.zeros(2 * wide, dtype=np.uint8),
-        np.zeros(2 * wide, dtype=np.uint8),
-        np.empty(wide, dtype=np.uint8),
-    )
-    rows, turned = np.zeros((levels, deep, wide), dtype=np.float32), np.empty(deep * wide, dtype=np.float32)
-    rank = min(deep, wide)
+    origin, step, divisor, inverse = np.empty(channels), np.empty(channels), np.empty(channels), np.empty(channels)
+    place = np.empty(channels, dtype=np.int32)
+    read, shares = np.empty(channels), np.empty(channels)
+    rows = np.zeros((levels, -(-tokens // TILE) * TILE, channels), dtype=np.float32)
+    rank = -(-min(tokens, channels) // TILE) * TILE
+    turned = np.zeros((rank, tokens if tokens > channels else 0), dtype=np.float32)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
-    facts, peaks = np.empty(FACTS), np.empty((levels, LANES))
-    errors, total, length = np.empty(levels), np.empty(levels), np.empty(tokens)
+    length = np.empty(tokens)
+    errors, total, peak = np.empty(levels), np.empty(levels), np.empty((levels, channels))
     for unit in range(start, stop):
         n, h, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         base = b * strides[0] + h * strides[1] + n * strides[2]
         finite = True
         for t in range(tokens):
-            finite &= load(bits16, bits32, form, base + t * strides[3], x[t, :channels], x_bits[t, :channels])
+            finite &= load(bits16, bits32, form, base + t * strides[3], x[t], x_bits[t])
         if not finite:
             left[unit] = True
             continue
@@ -113,59 +107,59 @@ def _write(
         grid(low, high, 256.0 if keyed else 16.0, near, near_bits, magic, magic_bits)
         half_bits(low, near, near_bits, offset[b, h, first + n])
         half_bits(high, near, near_bits, scale[b, h, first + n])
-        stepless = False
         if keyed:
             for c in range(channels):
                 origin[c], step[c] = low[c], high[c]
+                divisor[c] = high[c] if high[c] > 0.0 else np.inf
                 inverse[c] = 1.0 / high[c] if high[c] > 0.0 else 0.0
-                parts[c] = 16.0 * inverse[c]
-                stepless |= high[c] == 0.0
         radius, wrong = 0.0, False
-        errors[:], total[:], peaks[:] = 0.0, 0.0, 0.0
+        errors[:], total[:], peak[:] = 0.0, 0.0, 0.0
         for t in range(tokens):
             if not keyed:
                 steps = 0.0
                 for g in range(groups):
-                    s, group_range = high[t * groups + g], slice(g * group, min((g + 1) * group, channels))
+                    s = high[t * groups + g]
                     steps += s * s
-                    spread(low[t * groups + g], origin[group_range])
-                    spread(s, step[group_range])
-                    spread(16.0 / s if s > 0.0 else 0.0, parts[group_range])
-                spread(1.0 / np.sqrt(steps) if steps > 0.0 else 0.0, inverse)
-                stepless = steps == 0.0
-            address, to = x.ctypes.data + t * wide * 4, rows.ctypes.data + t * wide * 4
-            made, found = (upper.ctypes.data, lower.ctypes.data), (peaks.ctypes.data, facts.ctypes.data)
-            last = 4095.0 if keyed else 255.0
-            if levels == 2:
-                token_both(address, lattice.ctypes.data, wide, last, made[0], made[1], to, deep * wide, found[0], found[1])
-            elif eight:
-                token_fine(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
-            else:
-                token_coarse(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
-            radius, length[t] = max(radius, facts[0], facts[1]), facts[4]
+                    over = s if s > 0.0 else np.inf
+                    for c in range(g * group, min((g + 1) * group, channels)):
+                        origin[c], step[c], divisor[c] = low[t * groups + g], s, over
+                inverse[:] = 1.0 / np.sqrt(steps) if steps > 0.0 else 0.0
+            quantise(x[t], origin, divisor, 4095.0 if keyed else 255.0, place)
+            radius = max(radius, square(x[t]))
             for level in range(levels):
-                errors[level] = max(errors[level], facts[2 + level])
-                norm = np.float64(round_up(np.sqrt(facts[2 + level])))
+                coarse = level == 0 and not eight
+                residuals(x[t], place, coarse, origin, step, inverse, read, shares, rows[level, t])
+                error = squares(shares)
+                size = squares(read)
+                if level == 0:
+                    length[t] = size
+                radius, errors[level] = max(radius, size), max(errors[level], error)
+                if keyed:
+                    raise_to(peak[level], shares)
+                norm = np.float64(round_up(np.sqrt(error)))
                 total[level] += norm * norm
-            if stepless and without_step(x[t, :channels], origin, inverse):
+            if without_step(x[t], read, inverse):
                 wrong = True
-            if keyed or eight:
-                copy(upper, codes[b, h, first + n, t])
+            row = codes[b, h, first + n, t]
+            if keyed:
+                for c in range(channels):
+                    row[c] = place[c] >> 4
+            elif eight:
+                for c in range(channels):
+                    row[c] = place[c]
             else:
-                nibbles(upper.ctypes.data, half, packed.ctypes.data)
-                copy(packed, codes[b, h, first + n, t])
+                pack(place, 4, row)
             if levels == 2:
-                nibbles(lower.ctypes.data, half, packed.ctypes.data)
-                copy(packed, plane[b, h, first + n, t])
+                pack(place, 0, plane[b, h, first + n, t])
         out = numbers[b, h, first + n]
         for level in range(levels):
             norm = round_up(np.sqrt(errors[level]))
             if norm != 0.0 and not SMALLEST < norm < LARGEST:
                 wrong = True
                 break
-            bound = spectral(rows[level], tokens, channels, norm, turned, one, two)
+            bound = spectral(rows[level], tokens, norm, turned, one, two)
             if keyed:
-                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peaks[level].max()), norm, bound
+                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peak[level].max()), norm, bound
             else:
                 out[3 * level], out[3 * level + 1] = norm, bound
                 out[3 * level + 2] = np.float32(np.sqrt(total[level] / tokens))
@@ -196,57 +190,6 @@ def _compile() -> None:
         _ready = True
 
 
-def _shared(work: list[tuple[Work, int]]) -> None:
-    """Call each function for all of its units, a few at a time, on as many threads as get to it: some may be held up."""
-    waiting = deque(
-        partial(function, start, min(start + CHUNK, units)) for function, units in work for start in range(0, units, CHUNK)
-    )
-
-    def take(start: int, stop: int) -> None:
-        while True:
-            try:
-                share = waiting.popleft()
-            except IndexError:
-                return
-            share()
-
-    threads.run(take, min(len(waiting), torch.get_num_threads()))
-
-
-def _writing(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> tuple[np.ndarray, Work]:
-    """Which blocks `write` leaves out, and what writes some of them."""
-    _compile()
-    x = x.detach()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, blocks, tokens, channels = x.shape
-    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    flat = x.as_strided((span,), (1,))
-    bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
-    bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
-    keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
-    group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
-    codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
-    plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
-    lengths = np.empty((0, 0, 0, 0), np.int16) if keyed else parts["lengths"].numpy()
-    scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
-    sizes = (heads, blocks, tokens, channels)
-    given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
-    return left, partial(_write, *given, codes, plane, scale, offset, numbers, lengths, left)
-
-
-def _signing(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int) -> Work:
-    """What signs some of the blocks."""
-    out = checksums.numpy()
-    given = [(words, factors, (out.shape[1], blocks), first, out, fresh) for words, factors, fresh in _words(parts)]
-
-    def work(start: int, stop: int) -> None:
-        for part in given:
-            _sign(*part, start, stop)
-
-    return work
-
-
 def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> Tensor:
     """Encode whole blocks into places from `first` on, but for the few that the codec has to encode.
 
@@ -255,31 +198,27 @@ def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], fir
         parts: contiguous tensors `[batch, kv_heads, places, ...]`, by name, as in `EncodedBlocks`; `plane` where there is one.
     Returns: bool `[batch, kv_heads, blocks]`: the blocks that were left out; what is written in their places means nothing.
     """
-    left, work = _writing(x, codec, parts, first)
-    _shared([(work, len(left))])
-    return torch.from_numpy(left).view(x.shape[:3])
-
-
-def write_signed(tasks: Sequence[Task], names: Sequence[str]) -> list[Tensor]:
-    """`write`, then `sign`, for several tensors at once; the checksums of blocks that are left out mean nothing.
-
-    Args: tasks: arguments of `write`, with a part `checksum`; names: of the parts that are signed, in their order.
-    Returns: what `write` returns, for each.
-    """
-    given: list[tuple[Work, int]] = []
-    made = []
-    for x, codec, parts, first in tasks:
-        left, writing = _writing(x, codec, parts, first)
-        signing = _signing([parts.get(name) for name in names], parts["checksum"], first, x.shape[2])
-
-        def work(start: int, stop: int, writing: Work = writing, signing: Work = signing) -> None:
-            writing(start, stop)
-            signing(start, stop)
-
-        given.append((work, len(left)))
-        made.append(torch.from_numpy(left).view(x.shape[:3]))
-    _shared(given)
-    return made
+    _compile()
+    x = x.detach()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, blocks, tokens, channels = x.shape
+    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
+    if x.numel():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        flat = x.as_strided((span,), (1,))
+        bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
+        bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
+        keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
+        group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
+        codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
+        plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
+        lengths = np.empty((0, 0, 0, 0), np.int16) if keyed else parts["lengths"].numpy()
+        scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
+        sizes = (heads, blocks, tokens, channels)
+        given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
+        made = (codes, plane, scale, offset, numbers, lengths, left)
+        threads.run(lambda start, stop: _write(*given, *made, start, stop), len(left))
+    return torch.from_numpy(left).view(batch, heads, blocks)
 
 
 def _words(parts: list[Tensor | None]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
@@ -297,7 +236,11 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
 
     Args: parts: contiguous, `[batch, kv_heads, places, ...]`; None where a format has no such part; checksums: written to.
     """
-    _shared([(_signing(parts, checksums, first, blocks), checksums.shape[0] * checksums.shape[1] * blocks)])
+    batch, heads = checksums.shape[:2]
+    out = checksums.numpy()
+    for words, factors, fresh in _words(parts):
+        given = (words, factors, (heads, blocks), first, out, fresh)
+        threads.run(lambda start, stop, given=given: _sign(*given, start, stop), batch * heads * blocks)  # type: ignore[misc]
 
 
 @summing

@@ -28,8 +28,8 @@ class Scratch:
         found = self._held.get(name)
         if found is None or len(found[0]) < count:
             array = np.empty(count + count // 64, dtype)
+            self.version = next(_versions)  # before, for Ctrl-C: who kept addresses must never take new arrays for the old
             found = self._held[name] = (array, array.ctypes.data)
-            self.version = next(_versions)
         return found[0][:count], found[1]
 
     @property
