@@ -158,14 +158,7 @@ class FusedStep:
         self.result = torch.empty(step.shape, dtype=layer.dtype, device=layer.device)  # whatever the default device is
         self.row_figures = np.empty((7, self.units * used))
         self.scratch = scratch_for(self)
-        # What only the blocks and the scratch decide is kept until they change.
-        kept: dict[tuple[int, int], np.ndarray] = layer.memo("cpu steps", dict)
-        template = kept.get((used, self.scratch.version))
-        if template is None:
-            kept.clear()
-            template = cpu_layout.template(self, config)
-            kept[used, self.scratch.version] = template
-        self.numbers = ints = template.copy()
+        self.numbers = ints = cpu_layout.template(self, config)
         floats = ints.view(np.float64)
         self.integers, self.certified_again = bool(ints[AT["integers"]]), False
         ints[AT["query_given"]] = query.data_ptr()

@@ -1,4 +1,4 @@
-"""The record of a step on the CPU: what is the same in all steps over the same blocks, and where in it the rest goes."""
+"""The record of a step on the CPU: what blocks and scratch decide, and where in it the rest goes."""
 
 from __future__ import annotations
 
