@@ -6,7 +6,6 @@ the certificate does not cover), or, for plain tensors, untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -113,7 +112,7 @@ def attend(call: AttentionCall) -> Tensor:
     layer = certifiable(call)
     if layer is not None:
         with layer.cache.step_guard():
-            return _certified_decode()(layer, call)
+            return _decode().certified_decode(layer, call)
     with handles[0].layer.cache.step_guard() if handles else nullcontext():
         plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
         query, key, value, mask = plain
@@ -124,10 +123,11 @@ def attend(call: AttentionCall) -> Tensor:
 
 
 @cache
-def _certified_decode() -> Callable[[CertifiedLayer, AttentionCall], Tensor]:
-    from .decode import certified_decode  # decode.py needs AttentionCall: imported when used
+def _decode() -> Any:
+    """The module, and not its function, which may be another one by the next call."""
+    from . import decode  # which needs AttentionCall: imported when used
 
-    return certified_decode
+    return decode
 
 
 def _exact(part: Tensor | None) -> Tensor | None:
@@ -167,7 +167,7 @@ def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:
     if mask.dtype not in (torch.bool, query.dtype, torch.float32) or not 2 <= mask.dim() <= 4 or mask.shape[-1] != tokens:
         return False
     full = (*query.shape[:3], tokens)
-    return all(size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False))
+    return all([size in (1, whole) for size, whole in zip(mask.shape[::-1], full[::-1], strict=False)])
 
 
 def is_packed(layer: CertifiedLayer, call: AttentionCall) -> bool:

@@ -109,7 +109,7 @@ class Handle(Tensor):
         if func not in (Tensor.expand, Tensor.reshape):
             return None
         shape = args[1:] if len(args) != 2 or isinstance(args[1], int) else tuple(args[1])
-        if not all(isinstance(size, int) for size in shape):
+        if not all([isinstance(size, int) for size in shape]):
             return None
         layer, (tokens, channels) = self.layer, (self.length, self.layer.widths[self.kind])
         if func is Tensor.expand and self.pending and len(shape) == 5:
@@ -126,10 +126,10 @@ class Handle(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            # No `with`: what Ctrl-C raises at its end would leave subclasses disabled for the rest of the process.
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention()(*args, **kwargs)
+            return _attention().scaled_dot_product_attention(*args, **kwargs)
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
             handle = args[0]
             name = "values" if handle.kind else "keys"
@@ -160,10 +160,11 @@ class Handle(Tensor):
 
 
 @cache
-def _attention() -> Callable[..., Tensor]:
-    from .attention import scaled_dot_product_attention  # attention.py needs Handle: imported when used
+def _attention() -> Any:
+    """The module, and not its function, which may be another one by the next call."""
+    from . import attention  # which needs Handle: imported when used
 
-    return scaled_dot_product_attention
+    return attention
 
 
 def _plain(part: Any, operation: str) -> Any:
@@ -183,4 +184,4 @@ def _writes(name: str) -> bool:
 def _same_place(handle: Handle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether `.to(...)` asks for the dtype and device that the handle has."""
     wanted = [*args, *kwargs.values()]
-    return bool(wanted) and all(part == handle.layer.dtype or part == handle.layer.device for part in wanted)
+    return bool(wanted) and all([part == handle.layer.dtype or part == handle.layer.device for part in wanted])

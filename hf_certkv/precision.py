@@ -32,7 +32,7 @@ def _backends() -> list[Any]:
 
 def float32_is_full() -> bool:
     """Whether a float32 matrix product outside `full_precision` is a float32 matrix product."""
-    with _lock:
+    with uninterrupted(), _lock:
         return _put_back is None and _settings_are_full()
 
 
@@ -54,7 +54,11 @@ def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:
 class _Guard:
     """One use of `full_precision`. Leaving again does nothing, and Ctrl-C at any line leaves something that can be left.
 
-    Where there is nothing to set, entering and leaving are single operations on lists; else they are not interrupted.
+    Where there is nothing to set, entering and leaving are single operations on lists; else they are not interrupted. No lock
+    is taken but where Ctrl-C is kept back: what it raises at the end of a `with` would leave the lock taken for ever.
+
+    Whoever enters is in `_inside` before it looks at `_put_back`. That is there before settings are changed, until they are put
+    back. So who sees full settings and nothing to put back was seen by any guard that will put back later: it will not.
     """
 
     __slots__ = ("autocast", "device_type", "opened")
@@ -66,18 +70,17 @@ class _Guard:
 
     def enter(self) -> None:
         global _put_back
-        with _lock:
-            _inside.append(self)  # from here on nobody puts settings back
-            self.opened.append(self)
-            full = _put_back is not None or _settings_are_full()
-        if full and not torch.is_autocast_enabled(self.device_type):
+        _inside.append(self)  # from here on nobody begins to put settings back
+        self.opened.append(self)
+        if _put_back is None and _settings_are_full() and not torch.is_autocast_enabled(self.device_type):
             return
         with uninterrupted(), _lock:
             autocast = torch.autocast(self.device_type, enabled=False)
             autocast.__enter__()
             self.autocast = autocast
             if _put_back is None and not _settings_are_full():
-                _put_back = _set_full()
+                _put_back = _way_back()
+                _set_full()
 
     def leave(self) -> None:
         global _put_back
@@ -92,8 +95,8 @@ class _Guard:
         if _put_back is not None and not _inside:
             with uninterrupted(), _lock:
                 if _put_back is not None and not _inside:  # nobody came meanwhile
-                    put_back, _put_back = _put_back, None
-                    put_back()
+                    _put_back()
+                    _put_back = None
 
 
 def _opened() -> list[_Guard]:
@@ -132,18 +135,23 @@ def full_precision(device_type: str) -> Iterator[None]:
         guard.leave()  # again: Ctrl-C may have kept the first from beginning
 
 
-def _set_full() -> Callable[[], None]:
-    """Ask for full float32 products; what is returned puts back what was set before."""
+def _set_full() -> None:
+    """Ask for full float32 products."""
+    for backend in _backends():
+        backend.fp32_precision = "ieee"
+    if not _backends():
+        torch.set_float32_matmul_precision("highest")
+
+
+def _way_back() -> Callable[[], None]:
+    """What puts the settings back as they are now."""
     backends = _backends()
     if not backends:
         precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
         return lambda: torch.set_float32_matmul_precision(precision)
     # A backend that follows the setting above it is made to follow it again.
     above = getattr(torch.backends, "fp32_precision", "none")
     kept = [(backend, backend.fp32_precision) for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
 
     def put_back() -> None:
         for backend, precision in kept:

@@ -162,9 +162,8 @@ class ShadowPages:
             for kind in (KEYS, VALUES):
                 page = slab.pages[kind][0, 0, 0].nbytes
                 data = _bytes(slab.pages[kind][place : place + count])
-                digests = (xxhash.xxh3_64_intdigest(data[at : at + page]) for at in range(0, len(data), page))
-                sums = slab.sums[kind][place : place + count]
-                sums.reshape(-1)[:] = np.fromiter(digests, dtype=np.uint64, count=sums.size)
+                digests = [xxhash.xxh3_64_intdigest(data[at : at + page]) for at in range(0, len(data), page)]
+                slab.sums[kind][place : place + count].reshape(-1)[:] = np.array(digests, dtype=np.uint64)
             first += count
 
     def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:

@@ -49,7 +49,7 @@ class StepJournal:
 
     def _begin_step(self, layer_idx: int) -> None:
         """Refuse what was the middle of a step until that step was undone, by another thread or after an error."""
-        if any(_counted(layer) and _length_of(layer) for layer in self.layers[: max(layer_idx, 0)]):
+        if any([_counted(layer) and _length_of(layer) for layer in self.layers[: max(layer_idx, 0)]]):
             raise CacheStateError(
                 f"A step begins with the first layer, and this one with layer {layer_idx}: the step under way was undone, or "
                 "another thread uses this cache. Call `rollback()` and begin the forward pass again."
@@ -115,7 +115,7 @@ class StepJournal:
         Raises: CacheStateError: it is another thread's, and that one has not come through all layers.
         """
         theirs = self._step_thread not in (None, threading.current_thread()) and self._step_thread.is_alive()
-        if theirs and self._journal and any(length and i not in self._journal for i, length in self._held().items()):
+        if theirs and self._journal and any([length and i not in self._journal for i, length in self._held().items()]):
             raise CacheStateError(
                 "Another thread is in the middle of a step on this cache. Give each thread its own cache, or take turns; if "
                 "that thread has given up, call `rollback()`."

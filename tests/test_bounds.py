@@ -243,6 +243,31 @@ def test_score_rounding_covers_float32_scores() -> None:
         assert float(off) <= float(bounds.score_rounding(scaling, *norms, channels, bias.double().amax(), cap))
 
 
+def test_score_rounding_covers_scores_of_codes_multiplied_as_integers() -> None:
+    for seed in range(100):
+        g = torch.Generator().manual_seed(seed)
+        channels, scaling = 128, 128**-0.5
+        q, exact_keys, coded_keys = (torch.randn(*shape, generator=g) for shape in ((channels,), (8, channels), (64, channels)))
+        exact_keys *= 1 if seed % 2 else 1e-3
+        said = torch.tensor(10.0 ** -(1 + seed % 6), dtype=torch.float64)
+        cap = 3.7 if seed % 3 == 0 else None
+        of_codes = (coded_keys.double() @ q.double()) * scaling
+        off_by = torch.rand(64, generator=g, dtype=torch.float64).mul(2).sub(1).sign() * said
+        computed = torch.cat([(of_codes + off_by).float(), exact_keys @ (q * scaling)])
+        exact = torch.cat([of_codes, (exact_keys.double() @ q.double()) * scaling])
+        if cap is not None:
+            computed, exact = torch.tanh(computed / cap) * cap, torch.tanh(exact / cap) * cap
+        norms = exact_keys.double().norm(dim=-1).amax(), coded_keys.double().norm(dim=-1).amax()
+        given = (scaling, q.double().norm(), max(norms), channels, 0.0, cap)
+        bound = float(bounds.score_rounding(*given, coded=(said, norms[0])))
+        assert float((computed.double() - exact).abs().amax()) <= bound
+        if seed % 2 == 0 and cap is None and said < 1e-5:  # large keys that are codes cost no sum of float32 products
+            assert bound < float(bounds.score_rounding(*given, coded=(said, max(norms))))
+    # A factor of a code that is flushed is lost, however little else there is.
+    zero = torch.zeros((), dtype=torch.float64)
+    assert float(bounds.score_rounding(1.0, zero, zero, 128, 0.0, None, coded=(zero, zero))) >= 128 * 2.0**-100
+
+
 def arguments(rows: int = 2, blocks: int = 3) -> dict[str, Any]:
     """Arguments of `total` for a certificate that is met."""
     g = torch.Generator().manual_seed(0)

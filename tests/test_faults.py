@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import count
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from hf_certkv.store import BlockStore, HotSlots
 from hf_certkv.verify import bit_flips, faults_steps, faults_threads, faults_values
 from hf_certkv.verify.faults_inject import Fault, interrupted, tensors_fail, tensors_keep_failing
 from hf_certkv.verify.faults_operations import Operation, operations
-from hf_certkv.verify.faults_state import process_settings, quiet
+from hf_certkv.verify.faults_state import another_thread_is_served, process_settings, quiet
 from hf_certkv.verify.parts import Clock, Part
 
 CPU = torch.device("cpu")
@@ -128,6 +131,64 @@ def handler() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def interrupted_at_every_point(act: Callable[[], object]) -> Iterator[int]:
+    """Number of points passed, after each Ctrl-C. It must be raised, wherever it comes."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for at in count(1):
+        fault = Fault(at)
+        try:
+            with interrupted(fault):
+                act()
+            assert fault.error is None, f"swallowed at {fault.error}"
+            return
+        except KeyboardInterrupt:
+            pass
+        yield at
+
+
+@pytest.mark.usefixtures("handler")
+@pytest.mark.parametrize("ambient", ["highest", "medium"])
+def test_an_interrupted_guard_leaves_no_lock_taken(ambient: str) -> None:
+    def act() -> None:
+        with precision.full_precision("cpu"):
+            assert precision.float32_is_full() == (ambient == "highest")
+
+    cache = CertifiedQuantizedCache(CONFIG)
+    torch.set_float32_matmul_precision(ambient)
+    try:
+        before, points = process_settings(), []
+        for point in interrupted_at_every_point(act):
+            gc.collect(0)
+            assert another_thread_is_served(cache) and process_settings() == before
+            points.append(point)
+        assert len(points) > 20
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("handler")
+def test_an_interrupted_look_at_a_handle_leaves_it_a_handle() -> None:
+    cache = CertifiedQuantizedCache(CONFIG)
+    cache.update(*random_states(300), 0)
+    handle, _ = cache.update(*random_states(1), 0)
+    expected, points = cache.certified_layers[0].materialise(0).sum(), []
+    for point in interrupted_at_every_point(lambda: (handle.shape, handle.dtype, handle.stride(), len(handle))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert torch.equal(handle.sum(), expected)
+        points.append(point)
+    assert len(points) > 8
+
+
+@pytest.mark.usefixtures("handler")
+def test_ctrl_c_while_originals_are_signed_is_raised() -> None:
+    cache = CertifiedQuantizedCache(CONFIG)
+    cache.update(*random_states(300), 0)
+    shadow = cache.certified_layers[0].shadow
+    assert shadow is not None and shadow.blocks > 0
+    assert len(list(interrupted_at_every_point(lambda: shadow._sign(0, shadow.blocks)))) > 8
 
 
 @pytest.mark.usefixtures("handler")

@@ -133,18 +133,22 @@ def process_settings() -> dict[str, Any]:
     }
 
 
+LONGEST_WAIT = 60.0  # seconds, after which a lock counts as never to be released
+
+
 def another_thread_is_served(cache: CertifiedQuantizedCache) -> bool:
-    """Whether a thread that comes now is let in."""
+    """Whether a thread that comes now is let in, and waits for no lock that was left taken."""
     served: list[bool] = []
 
     def come() -> None:
         try:
-            with cache._one_thread():
+            with cache._one_thread(), precision.full_precision("cpu"):
+                precision.float32_is_full()
                 served.append(True)
         except CacheStateError:
             served.append(False)
 
-    thread = threading.Thread(target=come)
+    thread = threading.Thread(target=come, daemon=True)
     thread.start()
-    thread.join()
+    thread.join(LONGEST_WAIT)
     return served == [True]
