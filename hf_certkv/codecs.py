@@ -16,7 +16,9 @@ rounded up. It never depends on how the format works.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ PER_LEVEL = 3
 KAPPA, EPSILON, KEY_SPECTRAL = 0, 1, 2  # max |e/S|, max ||e_t/S||_2, spectral norm of the rows e_t/S
 # With g_t = f_t over the token's step: max ||g_t||_2, spectral norm of the rows g_t, root mean square of ||g_t||_2.
 ETA, VALUE_SPECTRAL, VALUE_RMS = 0, 1, 2
+SQUARINGS = (2, 1)  # of the spectral bound by level: a refined block's error is small, whatever is said of it
 LENGTHS = 65535  # codes of a value's squared norm, as shares of the block's squared radius
 
 
@@ -107,32 +110,60 @@ def grid_codes(x: Tensor, low: Tensor, high: Tensor, high_bits: int) -> tuple[Te
     # Never negative: below the finite range the offset is clamped to above `high`, and what that costs is measured.
     scale = round_half_up(((high - offset.double()) / (cells - 0.5 / 2**LOW_BITS)).clamp_min(0.0)) + 0.0
     step = scale.double()
-    position = torch.where(step > 0, (x - offset.double()) / step, torch.zeros_like(x))
+    # Times the reciprocal, as the compiled writer does it: which of two codes a tie gets is left open, but must be the same.
+    position = (x - offset.double()) * torch.where(step > 0, 1 / step, torch.zeros_like(step))
     code = torch.round(position * 2**LOW_BITS).nan_to_num(0.0).clamp(0, cells * 2**LOW_BITS - 1).to(torch.int32)
     return (code >> LOW_BITS).to(torch.uint8), (code & (2**LOW_BITS - 1)).to(torch.uint8), scale, offset
 
 
-def spectral_bound(rows: Tensor, row_norm: Tensor) -> Tensor:
-    """An upper bound of the spectral norm of each matrix: ||E||_2 <= ||(E E^T)^4||_F^(1/8)   [section 2].
+def spectral_bound(rows: Tensor, row_norm: Tensor, squarings: int = 2) -> Tensor:
+    """An upper bound of the spectral norm of each matrix: ||E||_2^2 <= a + ||C||_2 with C = E E^T - a I   [section 2].
 
     Args:
-        rows: float32 `[..., n, channels]`; row_norm: `[...]`, an upper bound of the rows' L2 norms, to scale by.
+        rows: float32 `[..., n, channels]`; row_norm: `[...]`, an upper bound of the rows' L2 norms, to scale by;
+        squarings: how often C is multiplied with itself before its Frobenius norm is taken: 1 or 2.
     Returns: float32 `[...]`, at most sqrt(n) * row_norm; NaN or Inf where `rows` has one.
     """
     count, channels = rows.shape[-2], rows.shape[-1]
     safe = torch.where(row_norm > 2.0**-100, row_norm, torch.ones_like(row_norm))
     scaled = rows / safe[..., None, None]
     gram = scaled @ scaled.mT if count <= channels else scaled.mT @ scaled
-    squared = gram @ gram
-    fourth = torch.linalg.matrix_norm(squared @ squared)
+    trace = gram.diagonal(dim1=-2, dim2=-1).double().sum(dim=-1)
     rank = min(count, channels)
-    # Each product of n addends is off by at most n*u*||.||_F^2, and ||.||_F^2 <= rank * ||.||_2^2; the eighth root
-    # divides what accumulates over the four factors by eight.
-    rounding = (4 * (max(count, channels) + 3) * rank + 3 * rank * rank) * UNIT_ROUNDOFF / 8
-    bound = fourth.double().pow(1 / 8) * (1 + max(1e-3, 1.1 * rounding)) * safe.double()
+    centre = (trace / rank).float()  # any number would do: the mean eigenvalue makes C small
+    shifted = gram - centre[..., None, None] * torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    norms, product = [_frobenius(shifted)], shifted
+    for _ in range(squarings):
+        product = product.mT @ product
+        norms.append(_frobenius(product))
+    square = centre.double() + centred_norm(norms, rank) + gram_rounding(trace, max(count, channels))
+    bound = torch.sqrt(square) * safe.double()
     triangle = row_norm.double() * count**0.5
     # Rows too small to be scaled without losing bits to underflow keep the triangle inequality's bound.
     return round_up(torch.where(row_norm > 2.0**-100, torch.minimum(bound, triangle), triangle))
+
+
+def _frobenius(x: Tensor) -> Tensor:
+    """The Frobenius norm of float32 matrices, in float64."""
+    return torch.linalg.matrix_norm(x.double())
+
+
+def product_rounding(addends: int) -> float:
+    """How far float32 dot products of so many addends may be off, relative to the norms' product, in any order."""
+    return 1.01 * (addends + 8) * UNIT_ROUNDOFF
+
+
+def gram_rounding(trace: Any, addends: int) -> Any:
+    """How far E E^T - a I as computed may be off, in Frobenius norm, where a is the mean of the diagonal."""
+    return (product_rounding(addends) + 2 * UNIT_ROUNDOFF) * trace
+
+
+def centred_norm(norms: Sequence[Any], rank: int) -> Any:
+    """||C||_2 from the Frobenius norms of C and of the one or two products that follow from it as computed   [section 2]."""
+    square, rounding = norms[-1], product_rounding(rank)
+    for norm in norms[-2::-1]:  # ||X||_2^2 = ||X^T X||_2, and the product is off by as much
+        square = (square + rounding * norm * norm) ** 0.5
+    return square
 
 
 def round_up(x: Tensor) -> Tensor:
@@ -172,11 +203,11 @@ def _row_norms(x: Tensor) -> Tensor:
     return round_up(torch.linalg.vector_norm(x.double(), dim=-1))
 
 
-def _measure(residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _measure(residual: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
     """Row norms' maximum, spectral bound, and row norms' root mean square of float64 `[..., n, channels]`."""
     norms = _row_norms(residual)
-    largest = norms.amax(dim=-1)
-    return largest, spectral_bound(residual.float(), largest), norms.double().square().mean(dim=-1).sqrt().float()
+    largest, mean_square = norms.amax(dim=-1), norms.double().square().mean(dim=-1)
+    return largest, spectral_bound(residual.float(), largest, SQUARINGS[level]), mean_square.sqrt().float()
 
 
 @dataclass(frozen=True)
@@ -201,7 +232,7 @@ class KeyCodec:
             error, step = decoded - x, scale.double()
             # A channel whose stored step is 0 must be exact; otherwise no multiple of 0 covers its error.
             relative = torch.where(step > 0, error / step, torch.where(error == 0, error, error + float("inf")))
-            largest, spectral, _ = _measure(relative)
+            largest, spectral, _ = _measure(relative, level)
             kappa = round_up(relative.abs().amax(dim=(-1, -2)))
             numbers += [kappa, largest, spectral]
             radius = torch.maximum(radius, _row_norms(decoded).amax(dim=-1))
@@ -250,7 +281,7 @@ class ValueCodec:
             error, step = decoded - x, torch.linalg.vector_norm(scale.squeeze(-1).double(), dim=-1, keepdim=True)
             # As for keys: a token whose every step is 0 must be exact.
             relative = torch.where(step > 0, error / step, torch.where(error == 0, error, error + float("inf")))
-            numbers += list(_measure(relative))
+            numbers += list(_measure(relative, level))
             radius = torch.maximum(radius, _row_norms(decoded).amax(dim=-1))
         high_codes, low_codes = (c.flatten(-2)[..., :channels] for c in (high_codes, low_codes))
         if self.bits == 8:

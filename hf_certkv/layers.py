@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .codecs import KeyCodec, ValueCodec
 from .config import CertKVConfig
+from .copying import contiguous
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
 from .memo import BlockMemo
@@ -139,6 +140,9 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         if fresh:
             self.lazy_initialization(key_states, value_states)
         try:
+            if was_empty:
+                # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
+                key_states, value_states = contiguous(key_states), contiguous(value_states)
             self._append(key_states, value_states)
         except BaseException:
             if fresh:
@@ -147,8 +151,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.sequence_length += count
         self.new_tokens = count
         if was_empty:
-            # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
-            return key_states.contiguous(), value_states.contiguous()
+            return key_states, value_states
         if self.store.blocks == 0:
             return self.materialise(KEYS), self.materialise(VALUES)
         return Handle.make(self, KEYS), Handle.make(self, VALUES)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
+from .copying import as_integers
 from .errors import CorruptedPageError, HostMemoryError
+from .kernels import threads
 
 KEYS, VALUES = 0, 1
 ROWS_PER_SLAB = 8
@@ -105,27 +108,31 @@ class ShadowPages:
         if self.device.type == "cuda" and keys.is_cuda:
             self._copy_aside(sources, count)
         else:
-            for kind in (KEYS, VALUES):
-                self._copy(kind, sources[kind], non_blocking=False)
-            if sums is None:
-                self._sign(self.blocks, self.blocks + count)
-            else:
-                for row in range(count):
-                    slab, place = self._place(self.blocks + row)
-                    for kind in (KEYS, VALUES):
-                        slab.sums[kind][place] = sums[kind][row]
+            threads.share([piece for kind in (KEYS, VALUES) for piece in self._copies(kind, sources[kind], sums)])
         self.blocks += count
 
     def _place(self, row: int) -> tuple[Slab, int]:
         return self.slabs[row // self.rows_per_slab], row % self.rows_per_slab
 
-    def _copy(self, kind: int, source: Tensor, non_blocking: bool) -> None:
-        done = 0
-        while done < source.shape[0]:
-            slab, place = self._place(self.blocks + done)
-            count = min(self.rows_per_slab - place, source.shape[0] - done)
-            slab.pages[kind][place : place + count].copy_(source[done : done + count], non_blocking=non_blocking)
+    def _spans(self, first: int, last: int) -> list[tuple[Slab, slice, slice]]:
+        """Where block rows first..last-1 lie: slabs, places in each, and which of the rows these are."""
+        spans, done = [], first
+        while done < last:
+            slab, place = self._place(done)
+            count = min(self.rows_per_slab - place, last - done)
+            spans.append((slab, slice(place, place + count), slice(done - first, done - first + count)))
             done += count
+        return spans
+
+    def _copies(self, kind: int, source: Tensor, sums: tuple[np.ndarray, np.ndarray] | None) -> list[threads.Piece]:
+        """Pieces of work that copy rows behind the last and take their checksums, or those that are given. On the host."""
+        given = as_integers(source.detach().cpu())
+        pieces: list[threads.Piece] = []
+        for slab, places, rows in self._spans(self.blocks, self.blocks + len(given)):
+            known = None if sums is None else sums[kind][rows]
+            pages = as_integers(slab.pages[kind][places])
+            pieces.append(partial(_copy, given[rows], pages, slab.sums[kind][places], known))
+        return pieces
 
     def _copy_aside(self, sources: tuple[Tensor, Tensor], count: int) -> None:
         """Copy on a side stream behind what the current stream has computed; checksums follow when it is done."""
@@ -134,7 +141,9 @@ class ShadowPages:
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for kind in (KEYS, VALUES):
-                self._copy(kind, sources[kind].contiguous(), non_blocking=True)
+                source = sources[kind].contiguous()
+                for slab, places, rows in self._spans(self.blocks, self.blocks + count):
+                    slab.pages[kind][places].copy_(source[rows], non_blocking=True)
                 sources[kind].record_stream(self._stream)
             event = torch.cuda.Event()
             event.record(self._stream)
@@ -156,15 +165,9 @@ class ShadowPages:
 
     def _sign(self, first: int, last: int) -> None:
         """Take the checksums of block rows first..last-1."""
-        while first < last:
-            slab, place = self._place(first)
-            count = min(self.rows_per_slab - place, last - first)
+        for slab, places, _ in self._spans(first, last):
             for kind in (KEYS, VALUES):
-                page = slab.pages[kind][0, 0, 0].nbytes
-                data = _bytes(slab.pages[kind][place : place + count])
-                digests = [xxhash.xxh3_64_intdigest(data[at : at + page]) for at in range(0, len(data), page)]
-                slab.sums[kind][place : place + count].reshape(-1)[:] = np.array(digests, dtype=np.uint64)
-            first += count
+                _sign(as_integers(slab.pages[kind][places]), slab.sums[kind][places])
 
     def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:
         if _checksum(slab.pages[kind][place, batch, head]) != int(slab.sums[kind][place, batch, head]):
@@ -244,6 +247,21 @@ class ShadowPages:
     def nbytes(self) -> int:
         """Host bytes: slabs as allocated, and checksums."""
         return sum(slab.memory.numel() + sum(part.nbytes for part in slab.sums) for slab in self.slabs)
+
+
+def _sign(pages: np.ndarray, sums: np.ndarray) -> None:
+    """The checksums of pages `[rows, batch, heads, block, channels]`, contiguous."""
+    every = pages.reshape(sums.size, -1)
+    sums.reshape(-1)[:] = np.array([xxhash.xxh3_64_intdigest(page.data) for page in every], dtype=np.uint64)
+
+
+def _copy(source: np.ndarray, pages: np.ndarray, sums: np.ndarray, known: np.ndarray | None) -> None:
+    """Copy pages; take their checksums while they are near, unless they are known."""
+    pages[...] = source
+    if known is None:
+        _sign(pages, sums)
+    else:
+        sums[...] = known
 
 
 def _bytes(pages: Tensor) -> memoryview:

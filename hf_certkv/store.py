@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checksums import block_checksum
 from .codecs import PER_LEVEL, EncodedBlocks, KeyCodec, ValueCodec
+from .copying import FEW, copy
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
@@ -52,7 +53,11 @@ class GrowingBuffer:
 
     def write(self, entries: Tensor) -> None:
         """Put entries behind the last, without counting them yet."""
-        self.reserve(entries, entries.shape[2])[:, :, self.length : self.length + entries.shape[2]] = entries
+        place = self.reserve(entries, entries.shape[2])[:, :, self.length : self.length + entries.shape[2]]
+        if entries.numel() > FEW and entries.device.type == place.device.type == "cpu" and entries.dtype == place.dtype:
+            copy(place.transpose(0, 1), entries.transpose(0, 1))
+        else:
+            place.copy_(entries)
 
     @property
     def view(self) -> Tensor:
@@ -119,21 +124,23 @@ def part_shapes(codec: KeyCodec | ValueCodec, tokens: int, channels: int) -> dic
     return shapes
 
 
-def write_compiled(x: Tensor, codec: KeyCodec | ValueCodec, data: dict[str, Tensor], first: int) -> None:
-    """Encode and sign blocks into places from `first` on. What the compiled writer leaves out the codec encodes.
+def write_compiled(tasks: list[tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]]) -> None:
+    """Encode and sign blocks. What the compiled writer leaves out the codec encodes.
 
-    Args: x: `[batch, kv_heads, blocks, block, channels]`; data: parts `[batch, kv_heads, places, ...]`, contiguous.
+    Args: tasks: originals `[batch, kv_heads, blocks, block, channels]`, their codec, where the parts
+        `[batch, kv_heads, places, ...]`, contiguous, are to lie, and the first place.
     """
-    writer = compiled_writer(x)
+    writer = compiled_writer(tasks[0][0])
     assert writer is not None
-    left = writer.write(x, codec, data, first)
-    if bool(left.any()):
+    for (x, codec, data, first), left in zip(tasks, writer.write_signed(tasks, PARTS), strict=True):
+        if not bool(left.any()):
+            continue
         rows, heads, blocks = torch.nonzero(left, as_tuple=True)
         encoded = codec.encode(x[left])
         for name in PARTS:
             if name in data:
                 data[name][rows, heads, first + blocks] = getattr(encoded, name)
-    writer.sign([data.get(name) for name in PARTS], data["checksum"], first, x.shape[2])
+        writer.sign([data.get(name) for name in PARTS], data["checksum"], first, x.shape[2])
 
 
 class BlockStore:
@@ -159,8 +166,8 @@ class BlockStore:
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         if compiled_writer(keys) is not None:
-            self._append_compiled(keys, self.key_codec, self.keys)
-            self._append_compiled(values, self.value_codec, self.values)
+            given = ((keys, self.key_codec, self.keys), (values, self.value_codec, self.values))
+            write_compiled([(x, codec, self._room(x, codec, buffers), self.blocks) for x, codec, buffers in given])
             return
         batch, heads, count, block, channels = keys.shape
         step = max(1, ENCODE_NUMBERS // (batch * heads * block * max(channels, values.shape[-1])))
@@ -178,14 +185,14 @@ class BlockStore:
                     buffer.length = self.blocks + start
                     buffer.append(part)
 
-    def _append_compiled(self, x: Tensor, codec: KeyCodec | ValueCodec, buffers: dict[str, GrowingBuffer]) -> None:
-        """What `_append` does, written where it is to lie."""
+    def _room(self, x: Tensor, codec: KeyCodec | ValueCodec, buffers: dict[str, GrowingBuffer]) -> dict[str, Tensor]:
+        """All data of the buffers, with room for blocks of `x` behind those that there are."""
         batch, heads, count, block, channels = x.shape
         data = {}
         for name, (shape, dtype) in part_shapes(codec, block, channels).items():
             buffers[name].length = self.blocks
             data[name] = buffers[name].reserve(x.new_empty((batch, heads, 0, *shape), dtype=dtype), count)
-        write_compiled(x, codec, data, self.blocks)
+        return data
 
     def _signed(self, blocks: EncodedBlocks) -> dict[str, Tensor]:
         """The parts of encoded blocks where they are to lie, with their checksum."""
@@ -227,7 +234,7 @@ class BlockStore:
         data = {}
         for name, (shape, dtype) in part_shapes(codec, x.shape[1], x.shape[2]).items():
             data[name] = torch.empty((1, 1, x.shape[0], *shape), dtype=dtype)
-        write_compiled(x[None, None], codec, data, 0)
+        write_compiled([(x[None, None], codec, data, 0)])
         return {name: part[0, 0] for name, part in data.items()}
 
     def truncate(self, blocks: int) -> None:

@@ -14,7 +14,7 @@ pytest.importorskip("numba")
 
 from test_cpu_kernel import served
 
-from hf_certkv.kernels import compiling, cpu, memory, team
+from hf_certkv.kernels import compiling, cpu, memory, openmp, team
 from hf_certkv.verify.cases import Case, run, tensors
 
 
@@ -40,7 +40,7 @@ def marked(count: int, threads: int) -> np.ndarray:
 @pytest.fixture(params=["torch's team", "plain threads"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain threads":
-        monkeypatch.setattr(team, "_parallel", lambda: None)
+        monkeypatch.setattr(openmp, "parallel", lambda: None)
     return str(request.param)
 
 
@@ -51,7 +51,7 @@ def test_every_item_once(way: str, threads: int) -> None:
 
 
 def test_torch_has_a_team_here() -> None:
-    found = team._parallel()
+    found = openmp.parallel()
     assert found is not None if "OpenMP" in torch.__config__.parallel_info() and os.name == "posix" else found is None
 
 
@@ -90,7 +90,7 @@ def test_the_same_bits_whoever_runs_it(number: int, monkeypatch: pytest.MonkeyPa
             torch.set_num_threads(threads)
             found.add(served(number))
             with monkeypatch.context() as patch:
-                patch.setattr(team, "_parallel", lambda: None)
+                patch.setattr(openmp, "parallel", lambda: None)
                 found.add(served(number))
     finally:
         torch.set_num_threads(before)

@@ -11,11 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from hf_certkv.kernels import threads
+from hf_certkv.kernels import openmp, threads
+
+
+@pytest.fixture(params=["torch's team", "a pool"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "a pool":
+        monkeypatch.setattr(openmp, "parallel", lambda: None)
+    return str(request.param)
 
 
 @pytest.fixture(params=[1, 2, 5])
-def count(request: pytest.FixtureRequest) -> Iterator[int]:
+def count(request: pytest.FixtureRequest, way: str) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -5,7 +5,8 @@ Why the results are those of the codecs, and the numbers upper bounds as theirs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,34 +14,45 @@ import torch
 from torch import Tensor
 
 from ..checksums import multipliers
-from ..codecs import KeyCodec, ValueCodec
-from . import compiling, threads
+from ..codecs import SQUARINGS, KeyCodec, ValueCodec
+from . import compiling, cpu, micro_integers, threads
 from .cpu_write_row import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
     LARGEST,
     SMALLEST,
-    TILE,
+    copy,
     exact,
     extremes,
     grid,
     half_bits,
     length_codes,
     load,
-    pack,
-    quantise,
-    raise_to,
-    residuals,
     round_up,
     spectral,
-    square,
-    squares,
+    spread,
     summing,
     without_step,
 )
+from .residual import (
+    FACTS,
+    channel_extremes,
+    group_extremes,
+    nibbles,
+    spread_groups,
+    token_both,
+    token_coarse,
+    token_fine,
+    widen_bfloat16,
+    widen_float32,
+)
+from .vectors import LANES
 
 FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+CHUNK = 16  # blocks that a thread takes at a time
+Work = Callable[[int, int], object]  # on units start..stop-1
+Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
 _ready = False
 
 
@@ -55,6 +67,7 @@ def _write(
     eight: bool,
     group: int,
     levels: int,
+    integers: bool,
     first: int,
     codes: Any,
     plane: Any,
@@ -70,36 +83,47 @@ def _write(
     heads, blocks, tokens, channels = sizes
     groups = channels if keyed else -(-channels // group)
     count = groups if keyed else tokens * groups
-    x = np.empty((tokens, channels), dtype=np.float32)
+    whole, grouped = channels % LANES == 0, group % LANES == 0 and channels % group == 0
+    deep, wide, half = -(-tokens // LANES) * LANES, -(-channels // LANES) * LANES, (channels + 1) // 2
+    x = np.zeros((tokens, wide), dtype=np.float32)
     x_bits = x.view(np.int32)
-    low, high = np.empty(count), np.empty(count)
+    limits = np.empty((2, max(count, wide)))
+    low, high = limits[0, :count], limits[1, :count]
     near, magic = np.empty(count, dtype=np.float32), np.empty(count, dtype=np.float32)
     near_bits, magic_bits = near.view(np.int32), magic.view(np.int32)
-    origin, step, divisor, inverse = np.empty(channels), np.empty(channels), np.empty(channels), np.empty(channels)
-    place = np.empty(channels, dtype=np.int32)
-    read, shares = np.empty(channels), np.empty(channels)
-    rows = np.zeros((levels, -(-tokens // TILE) * TILE, channels), dtype=np.float32)
-    rank = -(-min(tokens, channels) // TILE) * TILE
-    turned = np.zeros((rank, tokens if tokens > channels else 0), dtype=np.float32)
+    lattice = np.zeros((4, wide))
+    origin, step, parts, inverse = lattice[0, :channels], lattice[1, :channels], lattice[2, :channels], lattice[3, :channels]
+    upper, lower, packed = (
+        np.zeros(2 * wide, dtype=np.uint8),
+        np.zeros(2 * wide, dtype=np.uint8),
+        np.empty(wide, dtype=np.uint8),
+    )
+    rows, turned = np.zeros((levels, deep, wide), dtype=np.float32), np.empty(deep * wide, dtype=np.float32)
+    rank = min(deep, wide)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
-    length = np.empty(tokens)
-    errors, total, peak = np.empty(levels), np.empty(levels), np.empty((levels, channels))
+    facts, peaks = np.empty(FACTS), np.empty((levels, LANES))
+    errors, total, length = np.empty(levels), np.empty(levels), np.empty(tokens)
     for unit in range(start, stop):
         n, h, b = unit % blocks, unit // blocks % heads, unit // (blocks * heads)
         base = b * strides[0] + h * strides[1] + n * strides[2]
         finite = True
         for t in range(tokens):
-            finite &= load(bits16, bits32, form, base + t * strides[3], x[t], x_bits[t])
+            place, to = base + t * strides[3], x.ctypes.data + t * wide * 4
+            if form == FLOAT16 or not whole:
+                finite &= load(bits16, bits32, form, place, x[t, :channels], x_bits[t, :channels])
+            elif form == BFLOAT16:
+                finite &= widen_bfloat16(bits16.ctypes.data + 2 * place, channels, to)
+            else:
+                finite &= widen_float32(bits32.ctypes.data + 4 * place, channels, to)
         if not finite:
             left[unit] = True
             continue
         if keyed:
-            for c in range(channels):
-                low[c], high[c] = x[0, c], x[0, c]
-            for t in range(1, tokens):
-                for c in range(channels):
-                    number = np.float64(x[t, c])
-                    low[c], high[c] = min(low[c], number), max(high[c], number)
+            channel_extremes(x.ctypes.data, tokens, wide, low.ctypes.data, high.ctypes.data)
+        elif grouped:
+            for t in range(tokens):
+                at = t * groups * 8
+                group_extremes(x.ctypes.data + t * wide * 4, groups, group, low.ctypes.data + at, high.ctypes.data + at)
         else:
             for t in range(tokens):
                 for g in range(groups):
@@ -107,59 +131,65 @@ def _write(
         grid(low, high, 256.0 if keyed else 16.0, near, near_bits, magic, magic_bits)
         half_bits(low, near, near_bits, offset[b, h, first + n])
         half_bits(high, near, near_bits, scale[b, h, first + n])
+        stepless = False
         if keyed:
             for c in range(channels):
                 origin[c], step[c] = low[c], high[c]
-                divisor[c] = high[c] if high[c] > 0.0 else np.inf
                 inverse[c] = 1.0 / high[c] if high[c] > 0.0 else 0.0
+                parts[c] = 16.0 * inverse[c]
+                stepless |= high[c] == 0.0
         radius, wrong = 0.0, False
-        errors[:], total[:], peak[:] = 0.0, 0.0, 0.0
+        errors[:], total[:], peaks[:] = 0.0, 0.0, 0.0
         for t in range(tokens):
             if not keyed:
                 steps = 0.0
                 for g in range(groups):
-                    s = high[t * groups + g]
-                    steps += s * s
-                    over = s if s > 0.0 else np.inf
-                    for c in range(g * group, min((g + 1) * group, channels)):
-                        origin[c], step[c], divisor[c] = low[t * groups + g], s, over
-                inverse[:] = 1.0 / np.sqrt(steps) if steps > 0.0 else 0.0
-            quantise(x[t], origin, divisor, 4095.0 if keyed else 255.0, place)
-            radius = max(radius, square(x[t]))
-            for level in range(levels):
-                coarse = level == 0 and not eight
-                residuals(x[t], place, coarse, origin, step, inverse, read, shares, rows[level, t])
-                error = squares(shares)
-                size = squares(read)
-                if level == 0:
-                    length[t] = size
-                radius, errors[level] = max(radius, size), max(errors[level], error)
-                if keyed:
-                    raise_to(peak[level], shares)
-                norm = np.float64(round_up(np.sqrt(error)))
-                total[level] += norm * norm
-            if without_step(x[t], read, inverse):
-                wrong = True
-            row = codes[b, h, first + n, t]
-            if keyed:
-                for c in range(channels):
-                    row[c] = place[c] >> 4
-            elif eight:
-                for c in range(channels):
-                    row[c] = place[c]
-            else:
-                pack(place, 4, row)
+                    steps += high[t * groups + g] * high[t * groups + g]
+                share, at = 1.0 / np.sqrt(steps) if steps > 0.0 else 0.0, t * groups * 8
+                stepless = steps == 0.0
+                if grouped:
+                    limit = low.ctypes.data + at, high.ctypes.data + at
+                    spread_groups(limit[0], limit[1], groups, group, share, lattice.ctypes.data, wide)
+                else:
+                    spread(share, inverse)
+                    for g in range(groups):
+                        s, group_range = high[t * groups + g], slice(g * group, min((g + 1) * group, channels))
+                        spread(low[t * groups + g], origin[group_range])
+                        spread(s, step[group_range])
+                        spread(16.0 / s if s > 0.0 else 0.0, parts[group_range])
+            address, to = x.ctypes.data + t * wide * 4, rows.ctypes.data + t * wide * 4
+            made, found = (upper.ctypes.data, lower.ctypes.data), (peaks.ctypes.data, facts.ctypes.data)
+            last = 4095.0 if keyed else 255.0
             if levels == 2:
-                pack(place, 0, plane[b, h, first + n, t])
+                token_both(address, lattice.ctypes.data, wide, last, made[0], made[1], to, deep * wide, found[0], found[1])
+            elif eight:
+                token_fine(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
+            else:
+                token_coarse(address, lattice.ctypes.data, wide, last, made[0], made[1], to, 0, found[0], found[1])
+            radius, length[t] = max(radius, facts[0], facts[1]), facts[4]
+            for level in range(levels):
+                errors[level] = max(errors[level], facts[2 + level])
+                norm = np.float64(round_up(np.sqrt(facts[2 + level])))
+                total[level] += norm * norm
+            if stepless and without_step(x[t, :channels], origin, inverse):
+                wrong = True
+            if keyed or eight:
+                copy(upper, codes[b, h, first + n, t])
+            else:
+                nibbles(upper.ctypes.data, half, packed.ctypes.data)
+                copy(packed, codes[b, h, first + n, t])
+            if levels == 2:
+                nibbles(lower.ctypes.data, half, packed.ctypes.data)
+                copy(packed, plane[b, h, first + n, t])
         out = numbers[b, h, first + n]
         for level in range(levels):
             norm = round_up(np.sqrt(errors[level]))
             if norm != 0.0 and not SMALLEST < norm < LARGEST:
                 wrong = True
                 break
-            bound = spectral(rows[level], tokens, norm, turned, one, two)
+            bound = spectral(rows[level], tokens, channels, norm, SQUARINGS[level], integers, turned, one, two)
             if keyed:
-                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peak[level].max()), norm, bound
+                out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peaks[level].max()), norm, bound
             else:
                 out[3 * level], out[3 * level + 1] = norm, bound
                 out[3 * level + 2] = np.float32(np.sqrt(total[level] / tokens))
@@ -190,6 +220,48 @@ def _compile() -> None:
         _ready = True
 
 
+def _shared(work: list[tuple[Work, int]]) -> None:
+    """Call each function for all of its units, a few at a time, on as many threads as get to it: some may be held up."""
+    threads.share(
+        [partial(function, start, min(start + CHUNK, units)) for function, units in work for start in range(0, units, CHUNK)]
+    )
+
+
+def _writing(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> tuple[np.ndarray, Work]:
+    """Which blocks `write` leaves out, and what writes some of them."""
+    _compile()
+    x = x.detach()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, heads, blocks, tokens, channels = x.shape
+    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    flat = x.as_strided((span,), (1,))
+    bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
+    bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
+    keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
+    group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
+    integers = cpu.INTEGERS and micro_integers.supported()
+    codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
+    plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
+    lengths = np.empty((0, 0, 0, 0), np.int16) if keyed else parts["lengths"].numpy()
+    scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
+    sizes = (heads, blocks, tokens, channels)
+    given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, integers, first)
+    return left, partial(_write, *given, codes, plane, scale, offset, numbers, lengths, left)
+
+
+def _signing(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int) -> Work:
+    """What signs some of the blocks."""
+    out = checksums.numpy()
+    given = [(words, factors, (out.shape[1], blocks), first, out, fresh) for words, factors, fresh in _words(parts)]
+
+    def work(start: int, stop: int) -> None:
+        for part in given:
+            _sign(*part, start, stop)
+
+    return work
+
+
 def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> Tensor:
     """Encode whole blocks into places from `first` on, but for the few that the codec has to encode.
 
@@ -198,27 +270,31 @@ def write(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], fir
         parts: contiguous tensors `[batch, kv_heads, places, ...]`, by name, as in `EncodedBlocks`; `plane` where there is one.
     Returns: bool `[batch, kv_heads, blocks]`: the blocks that were left out; what is written in their places means nothing.
     """
-    _compile()
-    x = x.detach()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, heads, blocks, tokens, channels = x.shape
-    left = np.zeros(batch * heads * blocks, dtype=np.bool_)
-    if x.numel():
-        span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        flat = x.as_strided((span,), (1,))
-        bits32 = (flat if x.dtype == torch.float32 else torch.empty(0)).view(torch.int32).numpy()
-        bits16 = (flat if x.dtype != torch.float32 else torch.empty(0, dtype=torch.float16)).view(torch.int16).numpy()
-        keyed, eight = isinstance(codec, KeyCodec), isinstance(codec, ValueCodec) and codec.bits == 8
-        group = codec.group_size(channels) if isinstance(codec, ValueCodec) else 1
-        codes, numbers = parts["codes"].numpy(), parts["numbers"].numpy()
-        plane = parts["plane"].numpy() if codec.levels == 2 else np.empty((0, 0, 0, 0, 0), dtype=np.uint8)
-        lengths = np.empty((0, 0, 0, 0), np.int16) if keyed else parts["lengths"].numpy()
-        scale, offset = (parts[name].view(torch.int16).flatten(3).numpy() for name in ("scale", "offset"))
-        sizes = (heads, blocks, tokens, channels)
-        given = (bits16, bits32, FORMS[x.dtype], x.stride()[:4], sizes, keyed, eight, group, codec.levels, first)
-        made = (codes, plane, scale, offset, numbers, lengths, left)
-        threads.run(lambda start, stop: _write(*given, *made, start, stop), len(left))
-    return torch.from_numpy(left).view(batch, heads, blocks)
+    left, work = _writing(x, codec, parts, first)
+    _shared([(work, len(left))])
+    return torch.from_numpy(left).view(x.shape[:3])
+
+
+def write_signed(tasks: Sequence[Task], names: Sequence[str]) -> list[Tensor]:
+    """`write`, then `sign`, for several tensors at once; the checksums of blocks that are left out mean nothing.
+
+    Args: tasks: arguments of `write`, with a part `checksum`; names: of the parts that are signed, in their order.
+    Returns: what `write` returns, for each.
+    """
+    given: list[tuple[Work, int]] = []
+    made = []
+    for x, codec, parts, first in tasks:
+        left, writing = _writing(x, codec, parts, first)
+        signing = _signing([parts.get(name) for name in names], parts["checksum"], first, x.shape[2])
+
+        def work(start: int, stop: int, writing: Work = writing, signing: Work = signing) -> None:
+            writing(start, stop)
+            signing(start, stop)
+
+        given.append((work, len(left)))
+        made.append(torch.from_numpy(left).view(x.shape[:3]))
+    _shared(given)
+    return made
 
 
 def _words(parts: list[Tensor | None]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
@@ -236,11 +312,7 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
 
     Args: parts: contiguous, `[batch, kv_heads, places, ...]`; None where a format has no such part; checksums: written to.
     """
-    batch, heads = checksums.shape[:2]
-    out = checksums.numpy()
-    for words, factors, fresh in _words(parts):
-        given = (words, factors, (heads, blocks), first, out, fresh)
-        threads.run(lambda start, stop, given=given: _sign(*given, start, stop), batch * heads * blocks)  # type: ignore[misc]
+    _shared([(_signing(parts, checksums, first, blocks), checksums.shape[0] * checksums.shape[1] * blocks)])
 
 
 @summing

@@ -6,9 +6,9 @@ and in the order of the float32 products of the spectral bound, whose rows are s
 the analysis of `spectral_bound` hold for any order and leave room for that. What is rare is not done here but flagged, and
 left to the codec: NaN, infinity, an error where the step is 0, norms that are not between 2^-100 and 2^100.
 
-Nothing in `residuals` may be reassociated. There z + S * position is exact in float64 (z and S are multiples of 2^-24 below
-2^16, positions multiples of 2^-5 up to 2^8: at most 53 bits), so that the difference from x has one rounding, relative to
-itself. Only `squares` and `square`, which add squares, `extremes` and the float32 products may be.
+Nothing that makes a residual (`residual.py`) may be reassociated. There z + S * position is exact in float64 (z and S are
+multiples of 2^-24 below 2^16, positions multiples of 2^-5 up to 2^8: at most 53 bits), so that the difference from x has one
+rounding, relative to itself. Only sums of squares, `extremes` and the float32 products may be.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from .. import codecs
-from .compiling import kernel
+from .compiling import kernel, part
+from .micro_integers import CHUNK
+from .products import gram, gram_bytes, largest, narrow, turn, turn_words
+from .vectors import LANES
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-SLACK, TINY, MIDDLE, HALF_MAX = codecs.SLACK, codecs.TINY, codecs.MIDDLE, codecs.HALF_MAX
-ROUNDER = 1.5 * 2.0**52  # added and subtracted: rounds to the nearest integer, ties to even
+SLACK, TINY, HALF_MAX = codecs.SLACK, codecs.TINY, codecs.HALF_MAX
 EXPONENT = 0x7F800000  # of a float32
 SMALLEST, LARGEST = 2.0**-100, 2.0**100  # norms that are dealt with here
-TILE = 4  # rows of a product are filled up with zeros to a multiple
 
 exact = kernel(fastmath={"contract"}, error_model="numpy")
 inlined = kernel(fastmath={"contract"}, error_model="numpy", forceinline=True)
@@ -115,53 +116,12 @@ def grid(low: Any, high: Any, cells: float, near: Any, bits: Any, magic: Any, ma
 
 
 @inlined
-def quantise(x: Any, offset: Any, divisor: Any, last: float, out: Any) -> None:
-    """Twelve- or eight-bit codes of a token."""
-    for c in range(len(x)):
-        position = (np.float64(x[c]) - offset[c]) / divisor[c] * 16.0
-        out[c] = np.int32((min(max(position, 0.0), last) + ROUNDER) - ROUNDER)
-
-
-@inlined
-def residuals(x: Any, codes: Any, coarse: bool, origin: Any, step: Any, inverse: Any, read: Any, shares: Any, row: Any) -> None:
-    """The grid's numbers of a token, at level 0 or with all bits, and their errors in steps: float64, and float32."""
-    count = len(x)
-    if coarse:
-        for c in range(count):
-            read[c] = origin[c] + step[c] * (np.float64(codes[c] >> 4) + MIDDLE)
-    else:
-        for c in range(count):
-            read[c] = origin[c] + step[c] * (np.float64(codes[c]) * 0.0625)
-    for c in range(count):
-        shares[c] = (read[c] - np.float64(x[c])) * inverse[c]
-    for c in range(count):
-        row[c] = np.float32(shares[c])
-
-
-@inlined
-def without_step(x: Any, read: Any, inverse: Any) -> bool:
-    """Whether a token has an error where its step is 0."""
+def without_step(x: Any, origin: Any, inverse: Any) -> bool:
+    """Whether a token has an error where its step is 0: there the origin is what is read."""
     wrong = 0
     for c in range(len(x)):
-        wrong += 1 if (inverse[c] == 0.0) & (read[c] != np.float64(x[c])) else 0
+        wrong += 1 if (inverse[c] == 0.0) & (origin[c] != np.float64(x[c])) else 0
     return wrong > 0
-
-
-@inlined
-def raise_to(peak: Any, shares: Any) -> None:
-    """Each channel's largest residual so far."""
-    for c in range(len(peak)):
-        share = abs(shares[c])
-        peak[c] = share if share > peak[c] else peak[c]
-
-
-@summing_inlined
-def squares(x: Any) -> Any:
-    """The sum of squares of float64 numbers."""
-    total = 0.0
-    for c in range(len(x)):
-        total += x[c] * x[c]
-    return total
 
 
 @summing_inlined
@@ -183,74 +143,87 @@ def extremes(x: Any) -> Any:
     return low, high
 
 
-@summing
-def _gram(rows: Any, out: Any) -> None:
-    """`rows @ rows.T`, four by four products at a time. The number of rows is a multiple of `TILE`."""
-    count, depth = rows.shape
-    for i in range(0, count, TILE):
-        for j in range(i, count, TILE):
-            ae = af = ag = ah = be = bf = bg = bh = ce = cf = cg = ch = de = df = dg = dh = np.float32(0.0)
-            for k in range(depth):
-                a, b, c, d = rows[i, k], rows[i + 1, k], rows[i + 2, k], rows[i + 3, k]
-                e, f, g, h = rows[j, k], rows[j + 1, k], rows[j + 2, k], rows[j + 3, k]
-                ae += a * e
-                af += a * f
-                ag += a * g
-                ah += a * h
-                be += b * e
-                bf += b * f
-                bg += b * g
-                bh += b * h
-                ce += c * e
-                cf += c * f
-                cg += c * g
-                ch += c * h
-                de += d * e
-                df += d * f
-                dg += d * g
-                dh += d * h
-            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = ae, af, ag, ah
-            out[i + 1, j], out[i + 1, j + 1], out[i + 1, j + 2], out[i + 1, j + 3] = be, bf, bg, bh
-            out[i + 2, j], out[i + 2, j + 1], out[i + 2, j + 2], out[i + 2, j + 3] = ce, cf, cg, ch
-            out[i + 3, j], out[i + 3, j + 1], out[i + 3, j + 2], out[i + 3, j + 3] = de, df, dg, dh
-            for n in range(TILE):
-                for m in range(TILE):
-                    out[j + m, i + n] = out[i + n, j + m]
-
-
 @exact
 def round_up(x: float) -> Any:
     """`codecs.round_up`."""
     return np.float32(0.0) if x == 0.0 else np.float32(x * SLACK + TINY)
 
 
-@exact
-def spectral(rows: Any, tokens: int, norm: Any, turned: Any, one: Any, two: Any) -> Any:
-    """`codecs.spectral_bound` of float32 `[tokens, channels]`, filled up with rows of zeros to a multiple of `TILE`.
+product_rounding = part(codecs.product_rounding)
+MOST_CHANNELS = 1024  # whose sums of bytes float32 holds exactly
+BYTE_UNIT = 2.0**-24  # what such a sum counts, so that no product overflows
 
-    Args: turned: zeros, the filled up transpose, where there are more tokens than channels; one, two: scratch of a product.
+
+@exact
+def _gram_of_bytes(rows: Any, channels: int, turned: Any, one: Any) -> Any:
+    """E E^T of rows brought to bytes. Returns what the rows were multiplied with for that, and the norm of what was lost."""
+    count, width = rows.shape
+    top = largest(rows.ctypes.data, count * width)
+    factor = np.float32(126.99) / top
+    pitch = -(-width // CHUNK) * CHUNK
+    narrowed = np.zeros((count, pitch), dtype=np.int8)
+    lost = narrow(rows.ctypes.data, count, width, factor, pitch, narrowed.ctypes.data)
+    turn_words(narrowed.ctypes.data, count, pitch // 4, turned.ctypes.data)
+    sums = np.empty(count, dtype=np.int32)
+    unit = np.float32(BYTE_UNIT)
+    gram_bytes(turned.ctypes.data, pitch // 4, count, unit, sums.ctypes.data, one.ctypes.data)
+    # The sum of squares has its rounding; each product with `factor`, up to 127, another.
+    numbers = len(rows) * channels
+    return factor, np.sqrt(lost * (1 + product_rounding(numbers // LANES + LANES))) + np.sqrt(numbers) * 2.0**-16
+
+
+@exact
+def _gram_of_floats(rows: Any, tokens: int, channels: int, norm: Any, turned: Any, one: Any) -> Any:
+    """E E^T, or E^T E where that is smaller, of the rows times a power of two. Returns that."""
+    power = math.ldexp(1.0, -math.frexp(np.float64(norm))[1])
+    count, width = rows.shape
+    if tokens <= channels:
+        turn(rows.ctypes.data, count, width, np.float32(power), turned.ctypes.data)
+        gram(turned.ctypes.data, width, count, one.ctypes.data)
+    else:
+        flat, scaled, factor = rows.reshape(-1), turned.reshape(-1), np.float32(power)
+        for i in range(len(flat)):
+            scaled[i] = flat[i] * factor
+        gram(turned.ctypes.data, count, width, one.ctypes.data)
+    return power
+
+
+@exact
+def spectral(
+    rows: Any, tokens: int, channels: int, norm: Any, squarings: int, integers: bool, turned: Any, one: Any, two: Any
+) -> Any:
+    """`codecs.spectral_bound` of float32 `[tokens, channels]`, filled up with zeros in both directions.
+
+    With `integers` the first product is one of the rows as bytes, D: ||E||_2 <= ||D||_2 + ||E - D||_F.
+
+    Args: turned, one, two: scratch for the rows or their transpose, whichever is narrower, and for the products.
     """
-    channels = rows.shape[1]
     if norm == 0.0:
         return np.float32(0.0)
-    power = math.ldexp(1.0, -math.frexp(np.float64(norm))[1])
-    factor = np.float32(power)
-    for t in range(tokens):
-        row = rows[t]
-        for c in range(channels):
-            row[c] *= factor
-    if tokens <= channels:
-        _gram(rows, one)
-    else:
-        for t in range(tokens):
-            for c in range(channels):
-                turned[c, t] = rows[t, c]
-        _gram(turned, one)
-    _gram(one, two)
-    _gram(two, one)
     rank, depth = min(tokens, channels), max(tokens, channels)
-    rounding = (4 * (depth + 3) * rank + 3 * rank * rank) * 2.0**-24 / 8
-    bound = square(one.reshape(-1)) ** 0.0625 * (1 + max(1e-3, 1.1 * rounding)) / power
+    if integers and rank == tokens and depth <= MOST_CHANNELS:
+        factor, lost = _gram_of_bytes(rows, channels, turned, one)
+        units, rounding = np.sqrt(BYTE_UNIT) * np.float64(factor), 2 * codecs.UNIT_ROUNDOFF
+        lost *= np.sqrt(BYTE_UNIT)
+    else:
+        units, lost = _gram_of_floats(rows, tokens, channels, norm, turned, one), 0.0
+        rounding = product_rounding(depth) + 2 * codecs.UNIT_ROUNDOFF
+    trace = 0.0
+    for i in range(rank):
+        trace += np.float64(one[i, i])
+    centre = np.float32(trace / rank)
+    for i in range(rank):
+        one[i, i] -= centre
+    again = product_rounding(rank)
+    first = square(one.reshape(-1))
+    gram(one.ctypes.data, len(one), len(one), two.ctypes.data)
+    second = square(two.reshape(-1))
+    root = np.sqrt(second)
+    if squarings == 2:
+        gram(two.ctypes.data, len(two), len(two), one.ctypes.data)
+        root = np.sqrt(np.sqrt(square(one.reshape(-1))) + again * second)
+    above = np.float64(centre) + np.sqrt(root + again * first)
+    bound = (np.sqrt(above + rounding * trace) + lost) / units
     return round_up(min(bound, np.float64(norm) * np.sqrt(tokens)))
 
 
@@ -264,10 +237,14 @@ def length_codes(squares: Any, radius: float, out: Any) -> None:
 
 
 @inlined
-def pack(codes: Any, shift: int, out: Any) -> None:
-    """Four bits of each code, from `shift` on, two to a byte: `codecs.pack_nibbles`."""
-    channels, half = len(codes), len(out)
-    for c in range(channels - half):
-        out[c] = ((codes[c] >> shift) & 15) | (((codes[c + half] >> shift) & 15) << 4)
-    if 2 * half > channels:
-        out[half - 1] = (codes[half - 1] >> shift) & 15
+def copy(source: Any, out: Any) -> None:
+    """The first bytes."""
+    for c in range(len(out)):
+        out[c] = source[c]
+
+
+@inlined
+def spread(x: float, out: Any) -> None:
+    """One number for all channels of a group."""
+    for c in range(len(out)):
+        out[c] = x

@@ -40,7 +40,7 @@ def supported() -> bool:
     return all(found.get(name, False) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vnni"))
 
 
-def _add_products(emit: Emitter, held: Any, codes: Any, digits: Any) -> None:
+def add_products(emit: Emitter, held: Any, codes: Any, digits: Any) -> None:
     """Add to sixteen int32 sums the products of four neighbouring bytes each: unsigned codes by the same four signed digits."""
     signature = ir.FunctionType(INTS, [INTS] * 3)
     module = emit.builder.module
@@ -149,7 +149,7 @@ def key_digits(
         with emit.loop(chunks) as chunk:
             place = emit.at(digits, b.mul(emit.times(chunk, 4), apart))
             words = put_digits(emit, factors(emit.times(chunk, LANES))[2], by, place, apart)
-            _add_products(emit, sums, ints(0x01010101), words)
+            add_products(emit, sums, ints(0x01010101), words)
         added = b.load(sums)
         for half in (8, 4):
             added = b.add(added, emit.pick(added, added, [(k + half) % LANES for k in range(LANES)]))
@@ -252,7 +252,7 @@ def add_tile(emit: Emitter, held: Any, codes: Any, words: Any) -> None:
     """Add the products of four neighbouring codes, in each lane, by the digits of four factors of all rows."""
     for r, row in enumerate(held):
         for i in range(DIGITS):
-            _add_products(emit, row[i], codes, emit.splat(_word(emit, words, r * WORDS + 4 * i)))
+            add_products(emit, row[i], codes, emit.splat(_word(emit, words, r * WORDS + 4 * i)))
 
 
 def together(emit: Emitter, sums: list[Any], high: Any, low: Any, constant: Any) -> Any:

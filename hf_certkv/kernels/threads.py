@@ -1,19 +1,25 @@
 """Work on arrays divided among threads, for kernels that release the interpreter's lock (`nogil=True`).
 
-numba's own threading layers abort after a fork, or when two Python threads use them at once. A pool of plain threads does not.
+numba's own threading layers abort after a fork, or when two Python threads use them at once. torch's OpenMP team, where there
+is one, and else a pool of plain threads, do not.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 
 import torch
 
 from ..interrupts import uninterrupted
+from . import openmp
 
+Piece = Callable[[], object]
 _lock = threading.Lock()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, workers, pool
 
@@ -47,33 +53,52 @@ def shares(units: int, count: int) -> list[tuple[int, int]]:
 
 
 def run(function: Callable[[int, int], object], units: int) -> None:
-    """Call `function(start, stop)` for contiguous shares that make up `range(units)`, at the same time, and wait for all.
+    """Call `function(start, stop)` for contiguous shares that make up `range(units)`, one for each of torch's threads."""
+    if units > 0:
+        share([partial(function, *part) for part in shares(units, torch.get_num_threads())])
 
-    There are as many shares as torch has threads, or fewer. The calling thread takes the first, and then each that no worker
-    has begun. So a call never waits for a worker that is busy with somebody else's work, and calls may be nested. When `run`
-    returns or raises, no share is still running: what they write may be used or thrown away. Ctrl-C waits until then.
 
-    Args: function: works on arrays (numpy, numba). torch's settings of a thread, such as inference mode, are not carried over.
-    Raises: the first exception of a share; shares that had not begun by then are left out.
+def share(pieces: Iterable[Piece]) -> None:
+    """Call each of the pieces, on several threads at once, and wait for all.
+
+    Every thread takes the next piece that nobody has taken, the calling one too. So a call never waits for a thread that is
+    busy with somebody else's work, and calls may be nested. When `share` returns or raises, no piece is still running: what
+    they write may be used or thrown away. Ctrl-C waits until then.
+
+    Args: pieces: work on arrays (numpy, numba). torch's settings of a thread, such as inference mode, are not carried over.
+    Raises: the first exception of a piece; pieces that had not begun by then are left out.
     """
-    if units <= 0:
-        return
-    first, *others = shares(units, torch.get_num_threads())
-    if not others:
-        function(*first)
-        return
-    futures: list[tuple[Future[object], tuple[int, int]]] = []
+    waiting, failed = deque(pieces), list[BaseException]()
+
+    def take() -> None:
+        while not failed:
+            try:
+                piece = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                piece()
+            except BaseException as error:
+                failed.append(error)
+
+    count = min(len(waiting), torch.get_num_threads())
     with uninterrupted():
-        try:
-            pool = _workers(len(others))
-            for share in others:
-                futures.append((pool.submit(function, *share), share))
-            function(*first)
-            for future, share in reversed(futures):
-                if future.cancel():
-                    function(*share)
-        finally:
-            begun = [future for future, _ in futures if not future.cancel()]
-            wait(begun)
-    for future in begun:
-        future.result()
+        if count > 1:
+            _on_threads(take, count)
+        else:
+            take()
+    if failed:
+        raise failed[0]
+
+
+def _on_threads(take: Callable[[], None], count: int) -> None:
+    """Call what does not raise on so many threads, or fewer, the calling one among them."""
+    parallel = openmp.parallel()
+    if parallel is not None:
+        function = openmp.function_type(lambda data: take())
+        parallel(ctypes.cast(function, ctypes.c_void_p), None, count, 0)
+        return
+    pool = _workers(count - 1)
+    futures = [pool.submit(take) for _ in range(count - 1)]
+    take()
+    wait([future for future in futures if not future.cancel()])
