@@ -22,6 +22,7 @@ from hf_certkv import decode as decode_module
 from hf_certkv.decode import DecodeStep
 from hf_certkv.embedded import load_embedded, make_haystack
 from hf_certkv.handle import KEYS, VALUES
+from hf_certkv.kernels import reference
 from hf_certkv.report import rung_shares
 
 TOKENS, STEPS = 2048, 8
@@ -82,7 +83,7 @@ def winners(step: DecodeStep) -> dict[str, Tensor]:
     sum), of scores' shifts from the L2 entry; and whether the cap was the smaller key bound."""
     made = step.certificate
     assert made is not None
-    combined = decode_module.kernel.combine(step.segments, step.sink_logit)
+    combined = reference.combine(step.segments, step.sink_logit)
     root, root_step = combined.root_square_mass[..., :-1], combined.root_square_step[..., :-1]
     moment, square_moment = combined.moment[..., :-1].clamp_min(0), combined.square_moment[..., :-1].clamp_min(0)
     shift, shift_l2 = step._shift(0)

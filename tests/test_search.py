@@ -27,7 +27,7 @@ COMMITTED = sorted((Path(__file__).parent.parent / "benchmarks" / "witnesses").g
 # What a planted worst case must come to, so that it is one.
 TIGHT = {
     "value triangle": 0.9999,
-    "value residuals along the weights": 0.998,
+    "value residuals along the weights": 0.977,  # two channels, one of them without error: eigenvalues t and 0, centred at t/2
     "value residuals of half a cell": 0.999,
     "clusters at +-2": 0.9999,
     "clusters at +-12": 0.9999,

@@ -23,8 +23,8 @@ from .reference import Segments
 from .scratch import scratch_for
 
 if TYPE_CHECKING:
+    from ..certified_pass import CertifiedPass
     from ..codecs import ValueCodec
-    from ..decode import DecodeStep
     from ..layers import CertifiedLayer
     from ..store import Index
     from .cpu_redo import Coded
@@ -37,11 +37,10 @@ LARGEST = 512  # channels of a key whose digit sums an int32 holds
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def supports(step: DecodeStep) -> bool:
+def supports(step: CertifiedPass) -> bool:
     """Whether numba is installed and the kernel has code for the layer's format and the call."""
-    if (
-        step.config.kernel == "reference" or step.call.softcap == 0
-    ):  # 0 makes every score 0, or NaN: the kernel takes it for none
+    # A softcap of 0 makes every score 0, or NaN: the kernel takes it for none.
+    if step.config.kernel == "reference" or step.call.softcap == 0:
         return False
     layer = step.layer
     return layer.memo("cpu kernel", lambda: stored(layer)) is not None
@@ -142,7 +141,7 @@ class FusedStep:
         multiplied as such; certified_again: whether some blocks were computed in float32 after that.
     """
 
-    def __init__(self, step: DecodeStep) -> None:
+    def __init__(self, step: CertifiedPass) -> None:
         cpu_layout, _ = _modules()
         AT = cpu_layout.AT  # noqa: N806
 
@@ -203,7 +202,7 @@ class FusedStep:
 
     def tell_stages(self) -> None:
         """What pass and certificate take, by doing both again, and the parts of the certificate by themselves."""
-        from . import cpu_step
+        _, cpu_step = _modules()
 
         def seconds(call: Callable[[], None]) -> float:
             return min(stages.timed(call)[0] for _ in range(3))

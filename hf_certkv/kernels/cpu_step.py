@@ -47,41 +47,38 @@ _task, _claim, _work = memory.reader(TASK), memory.reader(CLAIM), memory.reader(
 def share(step: int) -> None:
     """Take items of the step at an address until none is left; codes as float32."""
     task, claim, work = _task(step), _claim(step + CLAIM_AT), _work(step + WORK_AT)
-    item = memory.add_shared(step + TAKEN_AT, 1)
-    while item < work.units * work.spans:
-        if _begin(task, claim, work, item):
-            first, last = _span(task, work, item)
+    item, first, last = _take(task, claim, work, step)
+    while item >= 0:
+        if first < last:
             cpu_pass.blocks(task, item // work.spans, first, last)
         _end(task, claim, work, item // work.spans, step)
-        item = memory.add_shared(step + TAKEN_AT, 1)
+        item, first, last = _take(task, claim, work, step)
 
 
 @kernel(error_model="numpy")
 def share_integers(step: int) -> None:
     """The same, codes as integers. Only to be compiled where the processor can do that (`micro_integers.supported`)."""
     task, claim, work = _task(step), _claim(step + CLAIM_AT), _work(step + WORK_AT)
-    item = memory.add_shared(step + TAKEN_AT, 1)
-    while item < work.units * work.spans:
-        if _begin(task, claim, work, item):
-            first, last = _span(task, work, item)
+    item, first, last = _take(task, claim, work, step)
+    while item >= 0:
+        if first < last:
             cpu_integers.blocks(task, item // work.spans, first, last)
         _end(task, claim, work, item // work.spans, step)
-        item = memory.add_shared(step + TAKEN_AT, 1)
+        item, first, last = _take(task, claim, work, step)
 
 
 @part
-def _begin(task: Task, claim: Claim, work: Work, item: int) -> bool:
-    """What comes before an item's blocks. Returns whether there are any to be computed."""
+def _take(task: Task, claim: Claim, work: Work, step: int) -> tuple[int, int, int]:
+    """The next item, after what comes before its blocks, and these: the first, and behind the last. -1: none is left."""
+    item = memory.add_shared(step + TAKEN_AT, 1)
+    if item >= work.units * work.spans:
+        return -1, 0, 0
     if work.what == PREPARE or (work.what == WHOLE and work.spans == 1):
         _prepare(task, claim, work.query, item // work.spans)
-    return work.what == WHOLE
-
-
-@part
-def _span(task: Task, work: Work, item: int) -> tuple[int, int]:
-    """An item's blocks: first, and behind the last."""
+    if work.what != WHOLE:
+        return item, 0, 0
     span = item % work.spans
-    return task.blocks * span // work.spans, task.blocks * (span + 1) // work.spans
+    return item, task.blocks * span // work.spans, task.blocks * (span + 1) // work.spans
 
 
 @part

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from typing import Any
@@ -10,25 +9,19 @@ from typing import Any
 import numpy as np
 
 _scratch = threading.local()
-_versions = itertools.count()
 
 
 class Scratch:
-    """Arrays that calls of a thread use one after the other: they grow, and are not cleared.
-
-    Attributes: version: a number that no other arrays have had, and these neither before one of them was replaced.
-    """
+    """Arrays that calls of a thread use one after the other: they grow, and are not cleared."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[np.ndarray, int]] = {}
-        self.version = next(_versions)
 
     def __call__(self, name: str, count: int, dtype: Any) -> tuple[np.ndarray, int]:
         """`count` numbers that an earlier call may have used too, and where they begin."""
         found = self._held.get(name)
         if found is None or len(found[0]) < count:
             array = np.empty(count + count // 64, dtype)
-            self.version = next(_versions)  # before, for Ctrl-C: who kept addresses must never take new arrays for the old
             found = self._held[name] = (array, array.ctypes.data)
         return found[0][:count], found[1]
 

@@ -16,7 +16,7 @@ from ..errors import InputError, MissingDependencyError
 from ..kernels import cpu
 
 if TYPE_CHECKING:
-    from ..decode import DecodeStep
+    from ..certified_pass import CertifiedPass
     from .cases import Case
 
 NAMES: tuple[str, ...] = get_args(Kernel)
@@ -41,7 +41,7 @@ def using(kernel: str) -> Iterator[None]:
         raise MissingDependencyError("kernel='cpu' needs numba. Install it with `pip install 'hf_certkv[cpu]'`.")
     before, supports = _chosen, cpu.supports
 
-    def refused(step: DecodeStep) -> bool:
+    def refused(step: CertifiedPass) -> bool:
         return False
 
     try:
