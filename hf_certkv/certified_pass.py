@@ -157,6 +157,21 @@ class CertifiedPass(StepInputs):
         """Delta_b and Lambda_b with the refinement plane, where there is one."""
         return self._shift(1) if self.layer.key_codec.levels > 1 else None
 
+    @cached_property
+    def refined_share(self) -> Tensor | None:
+        """About how much of Delta_b remains with the refinement plane, where there is one: to choose by."""
+        if self.layer.key_codec.levels == 1:
+            return None
+        if self.fused is None:
+            assert self.shift1 is not None
+            left, whole = self.shift1[0], self.shift0[0]
+        else:
+            l1, l2 = self.fused.query_weights()
+            numbers = self.key_numbers.unsqueeze(2)
+            whole = torch.minimum(numbers[..., KAPPA] * l1, numbers[..., EPSILON] * l2)
+            left = torch.minimum(numbers[..., PER_LEVEL + KAPPA] * l1, numbers[..., PER_LEVEL + EPSILON] * l2)
+        return left / whole.clamp_min(bounds.MASS_FLOOR)
+
     def _shift(self, level: int) -> tuple[Tensor, Tensor]:
         """Delta_b and Lambda_b of every row and block at a level."""
         at = self.key_numbers[..., level * PER_LEVEL : (level + 1) * PER_LEVEL].unsqueeze(2)

@@ -149,23 +149,27 @@ class DecodeStep(CertifiedPass):
         room = target - certificate.fixed
         self.dense |= (failing & ~(room > 0)).any(dim=-1)
         failing = failing & ~self.dense.unsqueeze(-1)
-        key_refined = value_refined = None
-        if self.shift1 is not None:
-            key_refined = certificate.key_parts * (self.shift1[0] / self.shift0[0].clamp_min(bounds.MASS_FLOOR))
+        # Only KV heads with failing rows are looked at.
+        at: tuple[Tensor, Tensor] = failing.any(dim=-1).nonzero(as_tuple=True)  # type: ignore[assignment]
+        key_parts, value_parts = certificate.key_parts[at], certificate.value_parts[at]
+        key_refined = key_parts * self.refined_share[at] if self.refined_share is not None else None
+        value_refined = None
         if layer.value_codec.levels > 1:
-            eta = self.value_numbers[..., [ETA, PER_LEVEL + ETA]].unsqueeze(2)
-            value_refined = certificate.value_parts * (eta[..., 1] / eta[..., 0].clamp_min(bounds.MASS_FLOOR))
-        key_level, value_level = ladder.choose(
-            certificate.key_parts,
-            certificate.value_parts,
+            eta = self.value_numbers[at][..., [ETA, PER_LEVEL + ETA]].unsqueeze(1)
+            value_refined = value_parts * (eta[..., 1] / eta[..., 0].clamp_min(bounds.MASS_FLOOR))
+        raised = ladder.choose(
+            key_parts,
+            value_parts,
             key_refined,
             value_refined,
-            self.key_level,
-            self.value_level,
-            room,
-            failing,
+            self.key_level[at],
+            self.value_level[at],
+            room[at],
+            failing[at],
             self._costs(),
         )
+        before = self.key_level, self.value_level
+        key_level, value_level = (old.index_put(at, new) for old, new in zip(before, raised, strict=True))
         # A head whose promotion would move more than a fair share of its originals is cheaper dense.
         moved = self._originals_bytes(key_level, value_level)
         self.dense |= moved > self.config.dense_head_share * self.unit_bytes()

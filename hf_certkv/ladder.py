@@ -78,10 +78,10 @@ def choose(
     """New levels: what lowers the failing rows' contributions to their room at the fewest bytes, greedily.
 
     Args:
-        key_parts, value_parts: float64 `[batch, kv_heads, rows, blocks]`, contributions at the present levels.
+        key_parts, value_parts: float64 `[..., rows, blocks]`, contributions at the present levels, of some KV heads.
         key_refined, value_refined: expected contributions at level 1, shaped alike; None where there is no such level.
-        key_level, value_level: int64 `[batch, kv_heads, blocks]`, 0 to 2; room: `[batch, kv_heads, rows]`, what the
-            contributions may add up to; failing: bool, shaped as `room`.
+        key_level, value_level: int64 `[..., blocks]`, 0 to 2; room: `[..., rows]`, what the contributions may add up to;
+            failing: bool, shaped as `room`.
     Returns: key and value levels, nowhere lower than given.
     """
     gains, prices = [], []
@@ -90,7 +90,7 @@ def choose(
         (value_parts, value_refined, value_level, costs.value_plane, costs.value_originals),
     ):
         now = _finite(parts)
-        base, movable = (level == 0).unsqueeze(2), (level < 2).unsqueeze(2)
+        base, movable = (level == 0).unsqueeze(-2), (level < 2).unsqueeze(-2)
         if refined is None or plane is None:
             to_plane, left = torch.zeros_like(now), now
         else:
@@ -107,7 +107,7 @@ def choose(
     order = torch.argsort(gain / price, dim=-1, descending=True)
     ranked = gain.gather(-1, order)
     taken = ((ranked.cumsum(dim=-1) - ranked) < need.unsqueeze(-1)) & (ranked > 0)
-    chosen = torch.zeros_like(taken).scatter(-1, order, taken).any(dim=2)
+    chosen = torch.zeros_like(taken).scatter(-1, order, taken).any(dim=-2)
     key_plane, key_full, value_plane, value_full = chosen.split(blocks, dim=-1)
     return _raised(key_level, key_plane, key_full), _raised(value_level, value_plane, value_full)
 

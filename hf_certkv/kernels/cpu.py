@@ -33,6 +33,7 @@ LANES = 16
 ROWS = 4  # query rows of a tile, as in `micro`
 ITEMS = 4  # of work for each thread, at least, so that none waits long for the last; but spans of blocks no shorter than
 SPAN = 8
+READ_AT_LEAST, REDONE_AT_LEAST = 64, 8  # blocks that are worth a thread
 LARGEST = 512  # channels of a key whose digit sums an int32 holds
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -254,7 +255,7 @@ class FusedStep:
         levels = levels.contiguous()
         place, count = out.data_ptr(), len(units)
         given = (coded, units.data_ptr(), numbers.data_ptr(), levels.data_ptr(), count, place)
-        threads.run(lambda start, stop: cpu_redo.read(*given, start, stop), count)
+        threads.run(lambda start, stop: cpu_redo.read(*given, start, stop), count, READ_AT_LEAST)
 
     def redo(self, index: Index, keys: Tensor, values: Tensor) -> None:
         """Put single blocks into the pass's sums anew. Args: keys, values: float32 `[n, block, channels]`, contiguous."""
@@ -262,7 +263,7 @@ class FusedStep:
 
         units, numbers = self._units(index)
         given = (self.numbers.ctypes.data, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
-        threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units))
+        threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units), REDONE_AT_LEAST)
 
     def _units(self, index: Index) -> tuple[Tensor, Tensor]:
         rows, heads, blocks = index
@@ -280,6 +281,17 @@ class FusedStep:
         """Mass, shift, key part, value part, or mean step: float64 `[B, H, R, N]`, a copy."""
         figures = self.scratch("figures", 5 * self.units * self.used * self.blocks, np.float64)[0]
         return torch.from_numpy(figures).view(5, *self.shape[:3], self.blocks)[which].clone()
+
+    def query_weights(self) -> tuple[Tensor, Tensor]:
+        """sum |q_c| S_c and ||q * S||_2 over the row's largest |q_c|, as the pass added them up, not rounded up: to choose by.
+
+        Returns: float64 `[B, H, R, N]`, both.
+        """
+        batch, heads, used, _ = self.shape
+        shape, count = (batch, heads, self.rows, self.blocks), self.units * self.rows * self.blocks
+        flat = (torch.from_numpy(self.scratch(name, count, np.float32)[0]) for name in ("l1", "l2"))
+        l1, l2 = (part.view(shape)[:, :, :used].double() for part in flat)
+        return l1, l2.sqrt()
 
     def score_errors(self) -> Tensor:
         """How far scores of codes that were multiplied as integers may be off, else 0: float64 `[B, H, R, N]`, a copy."""

@@ -53,6 +53,7 @@ FORMS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 CHUNK = 16  # blocks that a thread takes at a time
 Work = Callable[[int, int], object]  # on units start..stop-1
 Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
+SIGNED_AT_LEAST = 128  # blocks that are worth a thread
 _ready = False
 
 
@@ -333,7 +334,11 @@ def signatures(parts: list[Tensor | None], index: tuple[Tensor, Tensor, Tensor])
     Args: parts: as in `sign`; index: int64 `[n]` each, batch row, KV head and place.
     """
     sums, where = np.empty(len(index[0]), np.int64), [part.numpy() for part in index]
-    for words, factors, fresh in _words(parts):
-        given = (words, factors, *where, sums, fresh)
-        threads.run(lambda start, stop, given=given: _sign_some(*given, start, stop), len(sums))  # type: ignore[misc]
+    given = [(words, factors, *where, sums, fresh) for words, factors, fresh in _words(parts)]
+
+    def work(start: int, stop: int) -> None:
+        for part in given:
+            _sign_some(*part, start, stop)
+
+    threads.run(work, len(sums), SIGNED_AT_LEAST)
     return torch.from_numpy(sums)

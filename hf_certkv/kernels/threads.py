@@ -52,10 +52,13 @@ def shares(units: int, count: int) -> list[tuple[int, int]]:
     return [(edges[i], edges[i + 1]) for i in range(count)]
 
 
-def run(function: Callable[[int, int], object], units: int) -> None:
-    """Call `function(start, stop)` for contiguous shares that make up `range(units)`, one for each of torch's threads."""
+def run(function: Callable[[int, int], object], units: int, least: int = 1) -> None:
+    """Call `function(start, stop)` for contiguous shares that make up `range(units)`, one for each of torch's threads.
+
+    Args: least: units for which another thread is worth its while.
+    """
     if units > 0:
-        share([partial(function, *part) for part in shares(units, torch.get_num_threads())])
+        share([partial(function, *part) for part in shares(units, min(torch.get_num_threads(), -(-units // least)))])
 
 
 def share(pieces: Iterable[Piece]) -> None:
