@@ -29,7 +29,7 @@ from .scrub import BlocksRepairedError, require_intact
 from .store import Index
 
 MOST_REPAIRS = 8  # of one step: more is no accident
-REDONE_AT_A_TIME = 64  # blocks, whose numbers are held in float32
+REDONE_AT_A_TIME = 128  # blocks, whose numbers are held in float32
 
 
 def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
