@@ -35,6 +35,6 @@ def contiguous(x: Tensor) -> Tensor:
     """`x.contiguous()` of `[batch, heads, ...]`, copied as `copy` does where that can be."""
     if x.device.type != "cpu" or x.numel() <= FEW or x.is_contiguous() or x.requires_grad:
         return x.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # whatever the default device is
     copy(out.transpose(0, 1), x.transpose(0, 1))
     return out

@@ -134,6 +134,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         Raises: InputError, GradientError, HostMemoryError: the layer is as it was before.
         """
         self._check(key_states, value_states)
+        key_states, value_states = key_states.resolve_neg(), value_states.resolve_neg()  # what is copied is bits
         self.prefetch()
         was_empty, count = self.sequence_length == 0, key_states.shape[2]
         fresh = not self.is_initialized

@@ -170,7 +170,7 @@ class ShadowPages:
                 _sign(as_integers(slab.pages[kind][places]), slab.sums[kind][places])
 
     def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:
-        if _checksum(slab.pages[kind][place, batch, head]) != int(slab.sums[kind][place, batch, head]):
+        if _digest(as_integers(slab.pages[kind][place, batch, head])) != int(slab.sums[kind][place, batch, head]):
             raise CorruptedPageError(
                 f"Layer {self.layer}: the originals of block {row} ({('keys', 'values')[kind]}, batch row {batch}, KV head "
                 f"{head}) no longer match their checksum. Host memory was overwritten or is faulty; nothing was returned "
@@ -252,7 +252,7 @@ class ShadowPages:
 def _sign(pages: np.ndarray, sums: np.ndarray) -> None:
     """The checksums of pages `[rows, batch, heads, block, channels]`, contiguous."""
     every = pages.reshape(sums.size, -1)
-    sums.reshape(-1)[:] = np.array([xxhash.xxh3_64_intdigest(page.data) for page in every], dtype=np.uint64)
+    sums.reshape(-1)[:] = np.array([_digest(page) for page in every], dtype=np.uint64)
 
 
 def _copy(source: np.ndarray, pages: np.ndarray, sums: np.ndarray, known: np.ndarray | None) -> None:
@@ -264,11 +264,6 @@ def _copy(source: np.ndarray, pages: np.ndarray, sums: np.ndarray, known: np.nda
         sums[...] = known
 
 
-def _bytes(pages: Tensor) -> memoryview:
-    """The bytes of contiguous host memory."""
-    return pages.view(-1).view(torch.uint8).numpy().data
-
-
-def _checksum(page: Tensor) -> int:
+def _digest(page: np.ndarray) -> int:
     """XXH3-64 of a contiguous page's bytes."""
-    return xxhash.xxh3_64_intdigest(_bytes(page))
+    return xxhash.xxh3_64_intdigest(page.data)

@@ -26,8 +26,9 @@ from test_codecs import (
     squares,
 )
 from torch import Tensor
+from transformers import LlamaConfig
 
-from hf_certkv import codecs, store
+from hf_certkv import CertifiedQuantizedCache, codecs, store
 from hf_certkv.checksums import block_checksum
 from hf_certkv.codecs import KEY_SPECTRAL, LENGTHS, PER_LEVEL, VALUE_SPECTRAL, EncodedBlocks, KeyCodec, ValueCodec
 from hf_certkv.store import PARTS, BlockStore
@@ -203,12 +204,36 @@ def test_spectral_numbers_bound_the_norm() -> None:
                 rows, turned = np.zeros((deep, wide), np.float32), np.empty(deep * max(wide, 64), np.float32)
                 rows[:tokens, :channels] = x.numpy()
                 one, two = (np.empty((min(deep, wide),) * 2, dtype=np.float32) for _ in range(2))
+                narrowed, sums = np.zeros((deep, -(-wide // 64) * 64), np.int8), np.empty(deep, np.int32)
                 for squarings, integers in itertools.product((1, 2), WAYS):
-                    given = (rows, tokens, channels, np.float32(norm), squarings, integers)
+                    given = (rows, tokens, channels, np.float32(norm), squarings, integers, narrowed, sums)
                     bound = float(cpu_write_row.spectral(*given, turned, one, two))
                     assert bound >= float(torch.linalg.matrix_norm(x.double(), ord=2))
                     expected = float(codecs.spectral_bound(x, torch.tensor(norm), squarings))
                     assert bound == pytest.approx(expected, rel=0.1 if integers else 1e-5)
+
+
+FREED = """
+import torch
+from hf_certkv import codecs, store
+from hf_certkv.kernels import cpu_write
+x = torch.randn(1, 2, 3, 64, 128, generator=torch.Generator().manual_seed(0))
+codec = codecs.KeyCodec(True)
+shapes = store.part_shapes(codec, 64, 128)
+data = {name: torch.zeros((1, 2, 3, *shape)).to(dtype) for name, (shape, dtype) in shapes.items()}
+assert not bool(cpu_write.write(x, codec, data, 0).any())
+print(data["numbers"].double().sum().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's allocator")
+def test_nothing_is_read_that_was_freed() -> None:
+    """Memory that is overwritten once it is free, as another thread may do at any time: the same numbers."""
+    found = set()
+    for perturb in ("0", "1", "165"):
+        environment = {**os.environ, "MALLOC_PERTURB_": perturb}
+        found.add(subprocess.run([sys.executable, "-c", FREED], check=True, capture_output=True, env=environment).stdout)
+    assert len(found) == 1
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -219,6 +244,21 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one head for all": lambda x: x[:, :1].expand(-1, 3, -1, -1, -1),
     "every other token": lambda x: x[..., ::2, :],
 }
+
+
+def test_originals_whose_bits_are_not_their_numbers() -> None:
+    """The imaginary part of a conjugate is a view that torch negates as it is read."""
+    z = torch.randn(1, 2, 300, 32, 2, generator=torch.Generator().manual_seed(0))
+    lazy, plain = torch.view_as_complex(z).conj().imag, -z[..., 1]
+    assert lazy.is_neg() and torch.equal(lazy, plain)
+    made = []
+    for x in (lazy, plain):
+        cache = CertifiedQuantizedCache(LlamaConfig(num_hidden_layers=1))
+        cache.update(x, x, 0)
+        cache.update(x[:, :, :70], x[:, :, :70], 0)
+        layer = cache.certified_layers[0]
+        made.append((layer.materialise(0), layer.store.keys["codes"].view.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +65,56 @@ def test_an_exception_arrives_when_all_have_ended(count: int, place: int) -> Non
             threads.run(work, 5)
         assert not running
     threads.run(lambda start, stop: None, 5)
+
+
+def test_a_handler_that_raises_at_any_line_is_answered_or_all_is_done(count: int) -> None:
+    """Another signal than Ctrl-C, whose handler raises: an exception, or every piece is done; never less in silence."""
+
+    class Alarm(Exception):
+        pass
+
+    def watch(frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename != threads.__file__:
+            return None
+        if event in ("call", "line"):
+            seen[0] += 1
+            if seen[0] == at:
+                raise Alarm
+        return watch
+
+    at, seen, before = 0, [1], sys.gettrace()
+    while seen[0] >= at:
+        at, seen = at + 1, [0]
+        done: list[int] = []
+        pieces = [partial(done.append, i) for i in range(6)]
+        sys.settrace(watch)
+        try:
+            threads.share(pieces)
+        except Alarm:
+            continue
+        finally:
+            sys.settrace(before)
+        assert sorted(set(done)) == list(range(6)), at
+    assert at > 10
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer threads, then; and nothing is running when `share` returns."""
+    done: list[int] = []
+
+    class Pool:
+        def submit(self, take: Callable[[], None]) -> Future[None]:
+            if done:
+                raise RuntimeError("can't start new thread")
+            done.append(-1)
+            future: Future[None] = Future()
+            return future
+
+    monkeypatch.setattr(openmp, "parallel", lambda: None)
+    monkeypatch.setattr(threads, "_workers", lambda count: Pool())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    threads.share([partial(done.append, i) for i in range(9)])
+    assert done == [-1, *range(9)]
 
 
 def test_nested(count: int) -> None:

@@ -35,6 +35,7 @@ from .cpu_write_row import (
     summing,
     without_step,
 )
+from .micro_integers import CHUNK as BYTES_AT_ONCE
 from .residual import (
     FACTS,
     channel_extremes,
@@ -102,6 +103,7 @@ def _write(
     rows, turned = np.zeros((levels, deep, wide), dtype=np.float32), np.empty(deep * wide, dtype=np.float32)
     rank = min(deep, wide)
     one, two = np.empty((rank, rank), dtype=np.float32), np.empty((rank, rank), dtype=np.float32)
+    narrowed, sums = np.zeros((deep, -(-wide // BYTES_AT_ONCE) * BYTES_AT_ONCE), dtype=np.int8), np.empty(deep, dtype=np.int32)
     facts, peaks = np.empty(FACTS), np.empty((levels, LANES))
     errors, total, length = np.empty(levels), np.empty(levels), np.empty(tokens)
     for unit in range(start, stop):
@@ -188,7 +190,8 @@ def _write(
             if norm != 0.0 and not SMALLEST < norm < LARGEST:
                 wrong = True
                 break
-            bound = spectral(rows[level], tokens, channels, norm, SQUARINGS[level], integers, turned, one, two)
+            squarings = SQUARINGS[level]
+            bound = spectral(rows[level], tokens, channels, norm, squarings, integers, narrowed, sums, turned, one, two)
             if keyed:
                 out[3 * level], out[3 * level + 1], out[3 * level + 2] = round_up(peaks[level].max()), norm, bound
             else:

@@ -2,9 +2,10 @@
 
 Codes, planes, scales and offsets are those of the torch codecs, bit for bit. The numbers are measured in float64 by the same
 formulas. They differ in the order of summation; in a product with 1/S, off by two roundings of 2^-53, where the codec divides;
-and in the order of the float32 products of the spectral bound, whose rows are scaled by a power of two, exactly. `SLACK` and
-the analysis of `spectral_bound` hold for any order and leave room for that. What is rare is not done here but flagged, and
-left to the codec: NaN, infinity, an error where the step is 0, norms that are not between 2^-100 and 2^100.
+and in the products of the spectral bound: the order of their sums, rows scaled by a power of two, exactly, or a first product
+of bytes, which has bounds of its own. `SLACK` and the analysis of `spectral_bound` hold for any order and leave room for that.
+What is rare is not done here but flagged, and left to the codec: NaN, infinity, an error where the step is 0, norms that are
+not between 2^-100 and 2^100.
 
 Nothing that makes a residual (`residual.py`) may be reassociated. There z + S * position is exact in float64 (z and S are
 multiples of 2^-24 below 2^16, positions multiples of 2^-5 up to 2^8: at most 53 bits), so that the difference from x has one
@@ -20,7 +21,6 @@ import numpy as np
 
 from .. import codecs
 from .compiling import kernel, part
-from .micro_integers import CHUNK
 from .products import gram, gram_bytes, largest, narrow, turn, turn_words
 from .vectors import LANES
 
@@ -155,20 +155,15 @@ BYTE_UNIT = 2.0**-24  # what such a sum counts, so that no product overflows
 
 
 @exact
-def _gram_of_bytes(rows: Any, channels: int, turned: Any, one: Any) -> Any:
+def _gram_of_bytes(rows: Any, narrowed: Any, sums: Any, turned: Any, one: Any) -> Any:
     """E E^T of rows brought to bytes. Returns what the rows were multiplied with for that, and the norm of what was lost."""
-    count, width = rows.shape
-    top = largest(rows.ctypes.data, count * width)
-    factor = np.float32(126.99) / top
-    pitch = -(-width // CHUNK) * CHUNK
-    narrowed = np.zeros((count, pitch), dtype=np.int8)
+    (count, width), pitch = rows.shape, narrowed.shape[1]
+    factor = np.float32(126.99) / largest(rows.ctypes.data, count * width)
     lost = narrow(rows.ctypes.data, count, width, factor, pitch, narrowed.ctypes.data)
     turn_words(narrowed.ctypes.data, count, pitch // 4, turned.ctypes.data)
-    sums = np.empty(count, dtype=np.int32)
-    unit = np.float32(BYTE_UNIT)
-    gram_bytes(turned.ctypes.data, pitch // 4, count, unit, sums.ctypes.data, one.ctypes.data)
-    # The sum of squares has its rounding; each product with `factor`, up to 127, another.
-    numbers = len(rows) * channels
+    gram_bytes(turned.ctypes.data, pitch // 4, count, np.float32(BYTE_UNIT), sums.ctypes.data, one.ctypes.data)
+    # The sum of squares has its rounding, each product with `factor`, up to 127, another.
+    numbers = count * width
     return factor, np.sqrt(lost * (1 + product_rounding(numbers // LANES + LANES))) + np.sqrt(numbers) * 2.0**-16
 
 
@@ -190,19 +185,22 @@ def _gram_of_floats(rows: Any, tokens: int, channels: int, norm: Any, turned: An
 
 @exact
 def spectral(
-    rows: Any, tokens: int, channels: int, norm: Any, squarings: int, integers: bool, turned: Any, one: Any, two: Any
-) -> Any:
+    rows: Any, tokens: int, channels: int, norm: Any, squarings: int, integers: bool,
+    narrowed: Any, sums: Any, turned: Any, one: Any, two: Any,
+) -> Any:  # fmt: skip
     """`codecs.spectral_bound` of float32 `[tokens, channels]`, filled up with zeros in both directions.
 
     With `integers` the first product is one of the rows as bytes, D: ||E||_2 <= ||D||_2 + ||E - D||_F.
 
-    Args: turned, one, two: scratch for the rows or their transpose, whichever is narrower, and for the products.
+    Scratch is the caller's, for numba frees an array behind its last use, which an address is not.
+    Args: narrowed: int8, the rows as bytes, of a multiple of CHUNK channels, those beyond the rows' 0; sums: int32 `[rows]`;
+        turned: the rows or their transpose, whichever is narrower; one, two: the products.
     """
     if norm == 0.0:
         return np.float32(0.0)
     rank, depth = min(tokens, channels), max(tokens, channels)
     if integers and rank == tokens and depth <= MOST_CHANNELS:
-        factor, lost = _gram_of_bytes(rows, channels, turned, one)
+        factor, lost = _gram_of_bytes(rows, narrowed, sums, turned, one)
         units, rounding = np.sqrt(BYTE_UNIT) * np.float64(factor), 2 * codecs.UNIT_ROUNDOFF
         lost *= np.sqrt(BYTE_UNIT)
     else:

@@ -172,8 +172,8 @@ def key_digits(
     return signature, generate
 
 
-def _turned(emit: Emitter, rows: list[Any]) -> list[Any]:
-    """A matrix of 16 times 16 int32, transposed."""
+def transposed(emit: Emitter, rows: list[Any]) -> list[Any]:
+    """A matrix of 16 times 16 numbers of four bytes, transposed."""
 
     def quads(x: Any, y: Any, high: int) -> Any:
         return emit.pick(x, y, [lane for k in range(0, LANES, 4) for lane in (k + high, LANES + k + high, k + high + 1, LANES + k + high + 1)])  # fmt: skip  # noqa: E501
@@ -193,13 +193,13 @@ def _turned(emit: Emitter, rows: list[Any]) -> list[Any]:
         fours.append(
             [pairs(low[0], high[0], 0), pairs(low[0], high[0], 2), pairs(low[1], high[1], 0), pairs(low[1], high[1], 2)]
         )
-    turned: list[Any] = [None] * LANES
+    made: list[Any] = [None] * LANES
     for j in range(4):  # fours[k][j] has in part p the rows 4k..4k+3 at column 4p + j
         a, b, c, d = (four[j] for four in fours)
         even, odd = (parts(a, b, 0), parts(c, d, 0)), (parts(a, b, 1), parts(c, d, 1))
-        turned[j], turned[8 + j] = parts(even[0], even[1], 0), parts(even[0], even[1], 1)
-        turned[4 + j], turned[12 + j] = parts(odd[0], odd[1], 0), parts(odd[0], odd[1], 1)
-    return turned
+        made[j], made[8 + j] = parts(even[0], even[1], 0), parts(even[0], even[1], 1)
+        made[4 + j], made[12 + j] = parts(odd[0], odd[1], 0), parts(odd[0], odd[1], 1)
+    return made
 
 
 def _dots(rows: int) -> Any:
@@ -228,7 +228,7 @@ def _dots(rows: int) -> Any:
             with emit.loop(b.udiv(channels, long(CHUNK))) as chunk:
                 c = emit.times(chunk, CHUNK)
                 codes = [emit.load(emit.at(keys, c, emit.times(channels, t)), INTS) for t in range(LANES)]
-                for four, vector in enumerate(_turned(emit, codes)):
+                for four, vector in enumerate(transposed(emit, codes)):
                     emit.store(vector, emit.at(tile, four * CHUNK))
                 # A loop, and by way of memory: written out, LLVM would put the products of one sum behind each other, and each
                 # would wait for the last.

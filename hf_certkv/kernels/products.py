@@ -12,25 +12,11 @@ from llvmlite import ir
 from numba import types
 
 from .memory import intrinsic
-from .micro_integers import MAGIC, add_products, raised, size, supported
+from .micro_integers import MAGIC, add_products, raised, size, supported, transposed
 from .micro_integers import largest as largest_bits
 from .vectors import BYTE, BYTES, FLOAT, INT, INTS, LANES, Emitter, floats, ints, long
 
 INDEX = types.intp
-
-
-def _turned(emit: Emitter, rows: list[Any]) -> list[Any]:
-    """The columns of LANES vectors of LANES: in each step pairs of rows exchange a half, a quarter ... of their lanes."""
-    held, step = list(rows), LANES // 2
-    while step:
-        for i in range(LANES):
-            if i & step == 0:
-                x, y = held[i], held[i + step]
-                first = [k if k & step == 0 else LANES + k - step for k in range(LANES)]
-                second = [k + step if k & step == 0 else LANES + k for k in range(LANES)]
-                held[i], held[i + step] = emit.pick(x, y, first), emit.pick(x, y, second)
-        step //= 2
-    return held
 
 
 def _turn(emit: Emitter, source: Any, count: Any, width: Any, out: Any, factor: Any = None) -> None:
@@ -40,7 +26,7 @@ def _turn(emit: Emitter, source: Any, count: Any, width: Any, out: Any, factor: 
         t, c = emit.times(i, LANES), emit.times(j, LANES)
         places = [emit.at(source, b.mul(b.add(t, long(k)), width), c) for k in range(LANES)]
         tile = [emit.load(place, INTS) if factor is None else b.fmul(emit.load(place), factor) for place in places]
-        for k, column in enumerate(_turned(emit, tile)):
+        for k, column in enumerate(transposed(emit, tile)):
             emit.store(column, emit.at(out, b.mul(b.add(c, long(k)), count), t))
 
 
@@ -121,7 +107,7 @@ def _tiles(emit: Emitter, width: Any, tile: Any) -> None:
 
 def _store_tile(emit: Emitter, made: list[Any], first: Any, second: Any, width: Any, out: Any) -> None:
     """A part of a symmetric matrix at row `first` and column `second`, and the same on the other side of the diagonal."""
-    for left, below, block in ((first, second, made), (second, first, _turned(emit, made))):
+    for left, below, block in ((first, second, made), (second, first, transposed(emit, made))):
         for i, row in enumerate(block):
             emit.store(row, emit.at(out, emit.builder.mul(emit.builder.add(left, long(i)), width), below))
 

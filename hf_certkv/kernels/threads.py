@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -20,28 +19,20 @@ from ..interrupts import uninterrupted
 from . import openmp
 
 Piece = Callable[[], object]
-_lock = threading.Lock()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, workers, pool
 
 
-def _new_lock() -> None:
-    """In a forked child: the lock may have been held, by a thread that does not exist here; and nor do the workers."""
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)
-
-
 def _workers(count: int) -> ThreadPoolExecutor:
-    """The pool of this process, with at least `count` threads; they are started when there is work."""
+    """The pool of this process, with at least `count` threads; they are started when there is work.
+
+    A pool that is replaced, because it is smaller or another thread made one too, finishes what was given to it and goes when
+    its last user lets go of it. One from before a fork has no workers here.
+    """
     global _pool
-    with _lock:
-        if _pool is None or _pool[0] != os.getpid() or _pool[1] < count:
-            # A smaller pool finishes what was given to it and goes when its last user lets go of it.
-            _pool = (os.getpid(), count, ThreadPoolExecutor(count, thread_name_prefix="certkv"))
-        return _pool[2]
+    found = _pool
+    if found is None or found[0] != os.getpid() or found[1] < count:
+        _pool = found = (os.getpid(), count, ThreadPoolExecutor(count, thread_name_prefix="certkv"))
+    return found[2]
 
 
 def shares(units: int, count: int) -> list[tuple[int, int]]:
@@ -65,43 +56,50 @@ def share(pieces: Iterable[Piece]) -> None:
     """Call each of the pieces, on several threads at once, and wait for all.
 
     Every thread takes the next piece that nobody has taken, the calling one too. So a call never waits for a thread that is
-    busy with somebody else's work, and calls may be nested. When `share` returns or raises, no piece is still running: what
-    they write may be used or thrown away. Ctrl-C waits until then.
+    busy with somebody else's work, and calls may be nested. When `share` returns, all are done; when it returns or raises,
+    none is still running: what they write may be used or thrown away. With several threads, Ctrl-C waits until then.
 
     Args: pieces: work on arrays (numpy, numba). torch's settings of a thread, such as inference mode, are not carried over.
     Raises: the first exception of a piece; pieces that had not begun by then are left out.
     """
-    waiting, failed = deque(pieces), list[BaseException]()
+    given = list(pieces)
+    count = min(len(given), torch.get_num_threads())
+    if count <= 1:
+        for piece in given:
+            piece()
+        return
+    places, done, failed = iter(range(len(given))), list[int](), list[BaseException]()
 
-    def take() -> None:
-        while not failed:
-            try:
-                piece = waiting.popleft()
-            except IndexError:
-                return
-            try:
-                piece()
-            except BaseException as error:
-                failed.append(error)
+    def take(data: object = None) -> None:
+        try:
+            for place in places:
+                if failed:
+                    return
+                given[place]()
+                done.append(place)
+        except BaseException as error:
+            failed.append(error)
 
-    count = min(len(waiting), torch.get_num_threads())
     with uninterrupted():
-        if count > 1:
-            _on_threads(take, count)
-        else:
-            take()
+        _on_threads(take, count)
     if failed:
         raise failed[0]
+    # The handler of some other signal may have raised outside of that `try`, where ctypes drops what is raised.
+    for place in sorted(set(range(len(given))).difference(done)):
+        given[place]()
 
 
-def _on_threads(take: Callable[[], None], count: int) -> None:
+def _on_threads(take: Callable[..., None], count: int) -> None:
     """Call what does not raise on so many threads, or fewer, the calling one among them."""
     parallel = openmp.parallel()
     if parallel is not None:
-        function = openmp.function_type(lambda data: take())
-        parallel(ctypes.cast(function, ctypes.c_void_p), None, count, 0)
+        parallel(ctypes.cast(openmp.function_type(take), ctypes.c_void_p), None, count, 0)
         return
-    pool = _workers(count - 1)
-    futures = [pool.submit(take) for _ in range(count - 1)]
-    take()
-    wait([future for future in futures if not future.cancel()])
+    pool, futures = _workers(count - 1), []
+    try:
+        with suppress(RuntimeError):  # no more threads can be started: fewer, then
+            for _ in range(count - 1):
+                futures.append(pool.submit(take))
+        take()
+    finally:
+        wait([future for future in futures if not future.cancel()])
