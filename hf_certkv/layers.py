@@ -18,7 +18,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from .codecs import KeyCodec, ValueCodec
 from .config import CertKVConfig
-from .copying import contiguous
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
 from .memo import BlockMemo
@@ -143,7 +142,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         try:
             if was_empty:
                 # As DynamicCache returns them: contiguous, so that attention sees the same memory layout.
-                key_states, value_states = contiguous(key_states), contiguous(value_states)
+                key_states, value_states = key_states.contiguous(), value_states.contiguous()
             self._append(key_states, value_states)
         except BaseException:
             if fresh:

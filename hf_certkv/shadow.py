@@ -16,12 +16,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from .copying import as_integers
 from .errors import CorruptedPageError, HostMemoryError
 from .kernels import threads
 
 KEYS, VALUES = 0, 1
 ROWS_PER_SLAB = 8
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def allocate_host(count: int, pinned: bool) -> Tensor:
@@ -126,11 +126,11 @@ class ShadowPages:
 
     def _copies(self, kind: int, source: Tensor, sums: tuple[np.ndarray, np.ndarray] | None) -> list[threads.Piece]:
         """Pieces of work that copy rows behind the last and take their checksums, or those that are given. On the host."""
-        given = as_integers(source.detach().cpu())
+        given = _bits(source.detach().cpu())
         pieces: list[threads.Piece] = []
         for slab, places, rows in self._spans(self.blocks, self.blocks + len(given)):
             known = None if sums is None else sums[kind][rows]
-            pages = as_integers(slab.pages[kind][places])
+            pages = _bits(slab.pages[kind][places])
             pieces.append(partial(_copy, given[rows], pages, slab.sums[kind][places], known))
         return pieces
 
@@ -167,10 +167,10 @@ class ShadowPages:
         """Take the checksums of block rows first..last-1."""
         for slab, places, _ in self._spans(first, last):
             for kind in (KEYS, VALUES):
-                _sign(as_integers(slab.pages[kind][places]), slab.sums[kind][places])
+                _sign(_bits(slab.pages[kind][places]), slab.sums[kind][places])
 
     def _verify(self, slab: Slab, place: int, kind: int, row: int, batch: int, head: int) -> None:
-        if _digest(as_integers(slab.pages[kind][place, batch, head])) != int(slab.sums[kind][place, batch, head]):
+        if _digest(_bits(slab.pages[kind][place, batch, head])) != int(slab.sums[kind][place, batch, head]):
             raise CorruptedPageError(
                 f"Layer {self.layer}: the originals of block {row} ({('keys', 'values')[kind]}, batch row {batch}, KV head "
                 f"{head}) no longer match their checksum. Host memory was overwritten or is faulty; nothing was returned "
@@ -247,6 +247,11 @@ class ShadowPages:
     def nbytes(self) -> int:
         """Host bytes: slabs as allocated, and checksums."""
         return sum(slab.memory.numel() + sum(part.nbytes for part in slab.sums) for slab in self.slabs)
+
+
+def _bits(x: Tensor) -> np.ndarray:
+    """A tensor on the host as numpy can have it: its numbers' bits, as integers."""
+    return x.view(INTEGERS[x.dtype.itemsize]).numpy()
 
 
 def _sign(pages: np.ndarray, sums: np.ndarray) -> None:

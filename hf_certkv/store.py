@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .checksums import block_checksum
 from .codecs import PER_LEVEL, EncodedBlocks, KeyCodec, ValueCodec
-from .copying import FEW, copy
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
@@ -54,10 +53,7 @@ class GrowingBuffer:
     def write(self, entries: Tensor) -> None:
         """Put entries behind the last, without counting them yet."""
         place = self.reserve(entries, entries.shape[2])[:, :, self.length : self.length + entries.shape[2]]
-        if entries.numel() > FEW and entries.device.type == place.device.type == "cpu" and entries.dtype == place.dtype:
-            copy(place.transpose(0, 1), entries.transpose(0, 1))
-        else:
-            place.copy_(entries)
+        place.copy_(entries)
 
     @property
     def view(self) -> Tensor:

@@ -429,6 +429,15 @@ def test_spectral_bound_of_many() -> None:
     assert bool((bound.double() >= true).all())
 
 
+@pytest.mark.parametrize(("squarings", "least", "most"), [(1, 1.12, 1.15), (2, 1.025, 1.04)])
+def test_spectral_bound_of_random_residuals(squarings: int, least: float, most: float) -> None:
+    """As near to the true norm as docs/certificate.md says."""
+    rows = torch.rand(64, 64, 128, generator=torch.Generator().manual_seed(0)) - 0.5
+    norm = codecs.round_up(torch.linalg.vector_norm(rows.double(), dim=-1)).amax(dim=-1)
+    ratio = codecs.spectral_bound(rows, norm, squarings).double() / torch.linalg.matrix_norm(rows.double(), ord=2)
+    assert least < float(ratio.median()) < most
+
+
 @pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
 def test_spectral_bound_of_what_is_not_finite(what: float) -> None:
     rows = torch.randn(16, 8)

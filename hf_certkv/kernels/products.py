@@ -14,7 +14,7 @@ from numba import types
 from .memory import intrinsic
 from .micro_integers import MAGIC, add_products, raised, size, supported, transposed
 from .micro_integers import largest as largest_bits
-from .vectors import BYTE, BYTES, FLOAT, INT, INTS, LANES, Emitter, floats, ints, long
+from .vectors import BYTE, FLOAT, INT, INTS, LANES, Emitter, floats, ints, long
 
 INDEX = types.intp
 
@@ -92,7 +92,7 @@ def narrow(typing: Any, rows: Any, count: Any, width: Any, factor: Any, pitch: A
             whole = b.fsub(b.fadd(number, floats(MAGIC)), floats(MAGIC))
             off = b.fsub(number, whole)
             emit.add_to(lost, off, off)
-            emit.store(b.trunc(b.fptosi(whole, INTS), BYTES), emit.at(out, b.mul(t, pitch), c))
+            emit.store_bytes(whole, emit.at(out, b.mul(t, pitch), c))
         total = emit.sums([b.load(lost)])
         return b.extract_element(total, ir.Constant(INT, 0))
 

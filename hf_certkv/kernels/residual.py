@@ -52,11 +52,6 @@ def _folded(emit: Emitter, x: Any) -> Any:
     return b.extract_element(x, ir.Constant(ir.IntType(32), 0))
 
 
-def _bytes(emit: Emitter, x: Any, to: Any) -> None:
-    """Whole numbers, stored as bytes."""
-    emit.store(emit.builder.trunc(emit.builder.fptosi(x, INTS), BYTES), to)
-
-
 def _widen(halves: bool) -> Any:
     """The function for bfloat16 originals, or for float32."""
 
@@ -87,12 +82,16 @@ def _widen(halves: bool) -> Any:
 widen_bfloat16, widen_float32 = _widen(True), _widen(False)
 
 
-def _extremes(emit: Emitter, number: Any, places: tuple[Any, Any]) -> None:
-    """Lower the lanes of one variable, and raise those of the other, to finite numbers."""
-    b, (low, high) = emit.builder, places
-    for place, order in ((low, "<"), (high, ">")):
-        held = b.load(place)
-        b.store(b.select(b.fcmp_ordered(order, number, held), number, held), place)
+def _extremes(emit: Emitter, x: Any, count: Any, apart: Any) -> list[Any]:
+    """Least and largest, lane by lane, of `count` vectors of finite numbers, each `apart` numbers behind that before."""
+    b, first = emit.builder, emit.load(x)
+    places = emit.variable(first), emit.variable(first)
+    with emit.loop(count) as k:
+        number = emit.load(emit.at(x, b.mul(k, apart)))
+        for place, order in zip(places, "<>", strict=True):
+            held = b.load(place)
+            b.store(b.select(b.fcmp_ordered(order, number, held), number, held), place)
+    return [b.load(place) for place in places]
 
 
 @intrinsic
@@ -105,14 +104,8 @@ def channel_extremes(typing: Any, x: Any, count: Any, width: Any, low: Any, high
         x, outs = emit.pointer(arguments[0], long(0), FLOAT), [emit.pointer(arguments[i], long(0), DOUBLE) for i in (3, 4)]
         with emit.loop(b.udiv(arguments[2], long(LANES))) as chunk:
             c = emit.times(chunk, LANES)
-            first = emit.load(emit.at(x, c))
-            places = emit.variable(first), emit.variable(first)
-            for place in places:
-                b.store(first, place)
-            with emit.loop(arguments[1]) as t:
-                _extremes(emit, emit.load(emit.at(x, c, b.mul(t, arguments[2]))), places)
-            for place, out in zip(places, outs, strict=True):
-                emit.store(b.fpext(b.load(place), DOUBLES), emit.at(out, c))
+            for found, out in zip(_extremes(emit, emit.at(x, c), arguments[1], arguments[2]), outs, strict=True):
+                emit.store(b.fpext(found, DOUBLES), emit.at(out, c))
         return context.get_dummy_value()
 
     return signature, generate
@@ -127,15 +120,10 @@ def group_extremes(typing: Any, x: Any, groups: Any, size: Any, low: Any, high: 
         emit, b = Emitter(context, builder), builder
         x, outs = emit.pointer(arguments[0], long(0), FLOAT), [emit.pointer(arguments[i], long(0), DOUBLE) for i in (3, 4)]
         with emit.loop(arguments[1]) as g:
-            group = emit.at(x, b.mul(g, arguments[2]))
-            first = emit.load(group)
-            places = emit.variable(first), emit.variable(first)
-            for place in places:
-                b.store(first, place)
-            with emit.loop(b.udiv(arguments[2], long(LANES))) as chunk:
-                _extremes(emit, emit.load(emit.at(group, emit.times(chunk, LANES))), places)
-            for place, out, order in zip(places, outs, "<>", strict=True):
-                found, turn = b.load(place), LANES // 2
+            chunks = b.udiv(arguments[2], long(LANES))
+            lanes = _extremes(emit, emit.at(x, b.mul(g, arguments[2])), chunks, long(LANES))
+            for found, out, order in zip(lanes, outs, "<>", strict=True):
+                turn = LANES // 2
                 while turn:
                     other = emit.pick(found, found, [(k + turn) % LANES for k in range(LANES)])
                     found, turn = b.select(b.fcmp_ordered(order, other, found), other, found), turn // 2
@@ -223,10 +211,10 @@ def _token(levels: Sequence[str]) -> Any:
                 fine = b.fmul(code, doubles(2.0**-LOW_BITS))
                 cell = _call(emit, "llvm.floor", fine)
                 if levels == ("fine",):
-                    _bytes(emit, code, emit.at(upper, c))
+                    emit.store_bytes(code, emit.at(upper, c))
                 else:
-                    _bytes(emit, cell, emit.at(upper, c))
-                    _bytes(emit, b.fsub(code, b.fmul(cell, doubles(2.0**LOW_BITS))), emit.at(lower, c))
+                    emit.store_bytes(cell, emit.at(upper, c))
+                    emit.store_bytes(b.fsub(code, b.fmul(cell, doubles(2.0**LOW_BITS))), emit.at(lower, c))
                 add_square(size, number)
                 for level, kind in enumerate(levels):
                     at = b.fadd(cell, doubles(MIDDLE)) if kind == "coarse" else fine

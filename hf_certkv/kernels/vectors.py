@@ -85,6 +85,10 @@ class Emitter:
         """A vector of floats to memory that need not be aligned."""
         self.builder.store(vector, self.builder.bitcast(pointer, vector.type.as_pointer())).align = 1
 
+    def store_bytes(self, x: Any, pointer: Any) -> None:
+        """Sixteen whole numbers, float32 or float64, to memory as bytes."""
+        self.store(self.builder.trunc(self.builder.fptosi(x, INTS), BYTES), pointer)
+
     def fma(self, x: Any, y: Any, z: Any) -> Any:
         """x * y + z, rounded once where the processor can, else twice."""
         return self.call("llvm.fmuladd", FLOATS, x, y, z)
