@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,24 @@ pytest.importorskip("numba")
 from hf_certkv.kernels import compiling, cpu, cpu_write, cpu_write_row, micro_integers
 
 Codec = KeyCodec | ValueCodec
+Array = np.ndarray[Any, Any]
 WAYS = [False, True] if micro_integers.supported() else [False]  # of the first product: floats, bytes
 CODECS: list[Codec] = [KeyCodec(True), KeyCodec(False)]
 CODECS += [ValueCodec(bits, group, refine) for bits in (4, 8) for group in (0, 7, 16, 32) for refine in (True, False)]
+
+
+@compiling.kernel()
+def _rounded(x: Array, near: Array, bits: Array, magic: Array, magic_bits: Array, out: Array) -> None:
+    cpu_write_row._half_down(x, near, bits, magic, magic_bits, len(x))
+    cpu_write_row.half_bits(x, near, bits, out)
+
+
+@compiling.kernel()
+def _spectral(
+    rows: Array, tokens: int, channels: int, norm: float, squarings: int, integers: bool,
+    narrowed: Array, sums: Array, turned: Array, one: Array, two: Array,
+) -> float:  # fmt: skip
+    return cpu_write_row.spectral(rows, tokens, channels, norm, squarings, integers, narrowed, sums, turned, one, two)
 
 
 def compiled(x: Tensor, codec: Codec) -> tuple[dict[str, Tensor], Tensor]:
@@ -137,9 +153,8 @@ def rounded(x: Tensor) -> Tensor:
     """`round_half_down` of the compiled writer, float64, then its bits."""
     numbers, near = x.numpy().copy(), np.empty(len(x), dtype=np.float32)
     magic = np.empty_like(near)
-    cpu_write_row._half_down(numbers, near, near.view(np.int32), magic, magic.view(np.int32), len(x))
     out = np.empty(len(x), dtype=np.int16)
-    cpu_write_row.half_bits(numbers, near, near.view(np.int32), out)
+    _rounded(numbers, near, near.view(np.int32), magic, magic.view(np.int32), out)
     halves = torch.from_numpy(out).view(torch.float16)
     assert torch.equal(halves.double(), torch.from_numpy(numbers))
     return halves
@@ -207,7 +222,7 @@ def test_spectral_numbers_bound_the_norm() -> None:
                 narrowed, sums = np.zeros((deep, -(-wide // 64) * 64), np.int8), np.empty(deep, np.int32)
                 for squarings, integers in itertools.product((1, 2), WAYS):
                     given = (rows, tokens, channels, np.float32(norm), squarings, integers, narrowed, sums)
-                    bound = float(cpu_write_row.spectral(*given, turned, one, two))
+                    bound = float(_spectral(*given, turned, one, two))
                     assert bound >= float(torch.linalg.matrix_norm(x.double(), ord=2))
                     expected = float(codecs.spectral_bound(x, torch.tensor(norm), squarings))
                     assert bound == pytest.approx(expected, rel=0.1 if integers else 1e-5)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _announced = False
@@ -68,6 +69,37 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+@cache
+def _linked() -> Any:
+    """The compiler of functions that only kernels call: their LLVM code, as it is, becomes part of whatever calls them.
+
+    numba would optimise each of them, with all that it calls, and turn it into machine code that nobody runs: that takes longer
+    than the kernels themselves.
+    """
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import Compiler
+
+    class Linked(JITCodeLibrary):
+        def add_llvm_module(self, module: Any) -> None:
+            self._final_module.link_in(module)
+
+        def finalize(self) -> None:
+            for library in dict.fromkeys(self._linking_libraries):
+                self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+            self._finalized = True
+
+        @property
+        def codegen(self) -> Any:
+            return SimpleNamespace(set_env=lambda *_: None)  # there is no code whose environment could be set
+
+    class Inner(Compiler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.state.library = Linked(self.state.targetctx.codegen(), "part")
+
+    return Inner
+
+
 def part(function: Callable[..., Any], **options: Any) -> Any:
     """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through.
 
@@ -76,7 +108,7 @@ def part(function: Callable[..., Any], **options: Any) -> Any:
     import numba
 
     inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": False, **options}
-    return numba.njit(nogil=True, error_model="numpy", **inner)(function)
+    return numba.njit(nogil=True, error_model="numpy", pipeline_class=_linked(), **inner)(function)
 
 
 def swift(function: Callable[..., Any]) -> Any:

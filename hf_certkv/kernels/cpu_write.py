@@ -18,12 +18,13 @@ from ..codecs import SQUARINGS, KeyCodec, ValueCodec
 from . import compiling, cpu, micro_integers, threads
 from .cpu_write_row import (
     BFLOAT16,
+    EXACT,
     FLOAT16,
     FLOAT32,
     LARGEST,
     SMALLEST,
+    SUMMING,
     copy,
-    exact,
     extremes,
     grid,
     half_bits,
@@ -32,7 +33,6 @@ from .cpu_write_row import (
     round_up,
     spectral,
     spread,
-    summing,
     without_step,
 )
 from .micro_integers import CHUNK as BYTES_AT_ONCE
@@ -56,6 +56,7 @@ Work = Callable[[int, int], object]  # on units start..stop-1
 Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
 SIGNED_AT_LEAST = 128  # blocks that are worth a thread
 _ready = False
+exact, summing = (compiling.kernel(fastmath=allowed, error_model="numpy") for allowed in (EXACT, SUMMING))
 
 
 @exact

@@ -15,24 +15,24 @@ rounding, relative to itself. Only sums of squares, `extremes` and the float32 p
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .. import codecs
-from .compiling import kernel, part
+from .compiling import part
 from .products import gram, gram_bytes, largest, narrow, turn, turn_words
+from .residual import EXPONENT
 from .vectors import LANES
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 SLACK, TINY, HALF_MAX = codecs.SLACK, codecs.TINY, codecs.HALF_MAX
-EXPONENT = 0x7F800000  # of a float32
 SMALLEST, LARGEST = 2.0**-100, 2.0**100  # norms that are dealt with here
 
-exact = kernel(fastmath={"contract"}, error_model="numpy")
-inlined = kernel(fastmath={"contract"}, error_model="numpy", forceinline=True)
-summing = kernel(fastmath={"contract", "reassoc", "nsz", "nnan"}, error_model="numpy")
-summing_inlined = kernel(fastmath={"contract", "reassoc", "nsz", "nnan"}, error_model="numpy", forceinline=True)
+EXACT, SUMMING = {"contract"}, {"contract", "reassoc", "nsz", "nnan"}  # what LLVM may do to floats
+exact, inlined = partial(part, fastmath=EXACT), partial(part, fastmath=EXACT, forceinline=True)
+summing = partial(part, fastmath=SUMMING, forceinline=True)
 
 
 @inlined
@@ -124,7 +124,7 @@ def without_step(x: Any, origin: Any, inverse: Any) -> bool:
     return wrong > 0
 
 
-@summing_inlined
+@summing
 def square(x: Any) -> Any:
     """The sum of squares of float32 numbers, in float64."""
     total = 0.0
@@ -133,7 +133,7 @@ def square(x: Any) -> Any:
     return total
 
 
-@summing_inlined
+@summing
 def extremes(x: Any) -> Any:
     """Least and largest of a group."""
     low = high = x[0]
