@@ -24,7 +24,6 @@ from .traces import TRACES, make_trace, statistics_of
 SCHEMA = 1
 TRACES_UP_TO = 32768  # tokens: longer ones are drawn of the first trace only
 DECODE_COPIES = 2.0  # of the dense bytes, beside the caches: one layer's trace, and what is copied at a step
-PREFILL_ROUNDS = 5  # at most: a prefill is long, and little disturbs it
 Tell = Callable[[str, str], None]
 NOTES = (
     "Times are seconds a call. Systems take turns in one process, in an order drawn anew each round, after warm-up.",
@@ -74,9 +73,9 @@ class Run:
         getattr(self, f"_{name}")()
         self.result["seconds"][name] = round(time.perf_counter() - start, 1)
 
-    def _timer(self, rounds: int | None = None, warmup: int = 2) -> Timer:
+    def _timer(self, warmup: int = 2) -> Timer:
         warmup = 1 if self.options.quick else warmup
-        return Timer(rounds or self.options.rounds, warmup, self.options.seed, synchronize=synchronizer(self.device))
+        return Timer(self.options.rounds, warmup, self.options.seed, synchronize=synchronizer(self.device))
 
     def _groups(self, part: str, place: Row, dense: int, fixed: float) -> list[list[System]]:
         """Systems to measure at once; none where not even two have room, which is noted."""
@@ -156,7 +155,7 @@ class Run:
         for context in self.options.prefills:
             place: Row = {"context": context, "head_dim": head_dim, "batch": batch, "layers": self.options.layers}
             self.tell("prefill", f"{context:,} tokens")
-            timer = self._timer(min(PREFILL_ROUNDS, self.options.rounds), warmup=1)
+            timer = self._timer(warmup=1)
             systems = self._allowed("prefill", place, by_format(self.systems))
             rows += prefill.measure(model(head_dim), context, batch, systems, timer, place, self.options.seed)
         self.result["parts"]["prefill"] = {"rows": rows, "growth": growth(rows)}
