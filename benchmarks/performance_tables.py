@@ -190,6 +190,17 @@ def prefill_table(bench: Result) -> str:
     return f"{table(part.header, part.rows)}\n\n{report.provenance(bench)}"
 
 
+def compiling_table(found: Result) -> str:
+    """Seconds until kernels are there."""
+    rows = []
+    for row in found["rows"]:
+        seconds, processor = row["seconds"], row["processor"]
+        span = f"{seconds['median']:.2f} ({seconds['min']:.2f} to {seconds['max']:.2f})"
+        rows.append([row["kernels"], row["part"], span, f"{processor['median']:.2f}"])
+    header = ("kernels", "part", "seconds, median (and range)", "of the processor")
+    return f"{table(header, rows)}\n\n{provenance(found)}"
+
+
 # What a block is called in the document, what makes it, and from which results.
 BLOCKS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "bytes": (bytes_table, ()),
@@ -199,6 +210,7 @@ BLOCKS: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
     "products": (products_table, ("candidates",)),
     "floor": (floor_table, ("candidates", "bandwidth")),
     "certificate": (certificate_line, ("candidates",)),
+    "compiling": (compiling_table, ("compiling",)),
     "growth": (growth_table, ("bench",)),
     "tolerance": (tolerance_table, ("bench",)),
     "prefill": (prefill_table, ("bench",)),

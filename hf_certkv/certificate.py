@@ -9,6 +9,7 @@ decade and are the upper edge of their bin: at most 15 % above the exact quantil
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -37,6 +38,8 @@ class StepRecord:
         expected: E_rms, the error to expect if residuals are uncorrelated (an estimate); norm: ||O||_2.
         error: the true error found by audit, NaN without.
         key_blocks, value_blocks: promoted, int `[batch, kv_heads]`; bytes_moved: from host memory, for the whole call.
+        kernel: what read the codes, as in `CertKVConfig.kernel`: "cpu" or "reference"; "none" where all heads went straight to
+            the dense rung.
     """
 
     step: int
@@ -50,6 +53,7 @@ class StepRecord:
     key_blocks: np.ndarray
     value_blocks: np.ndarray
     bytes_moved: int
+    kernel: str = "reference"
 
     def relative(self) -> dict[str, np.ndarray]:
         """The metrics: bounds and errors over the output's norm, and bound over true error.
@@ -61,7 +65,7 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; NaN becomes None."""
-        out: dict[str, Any] = {"step": self.step, "layer": self.layer, "bytes_moved": self.bytes_moved}
+        out: dict[str, Any] = {"step": self.step, "layer": self.layer, "kernel": self.kernel, "bytes_moved": self.bytes_moved}
         for name in ("rung", "key_blocks", "value_blocks"):
             out[name] = getattr(self, name).tolist()
         for name in FIGURES:
@@ -166,6 +170,7 @@ class LayerSummary:
     value_blocks: int = 0
     bytes_moved: int = 0
     calls: int = 0
+    kernels: Counter[str] = field(default_factory=Counter)  # calls by kernel
 
     def __post_init__(self) -> None:
         self.rungs = np.zeros((self.heads, len(Rung)), dtype=np.int64)
@@ -185,6 +190,7 @@ class LayerSummary:
         key_blocks, value_blocks = (
             sum(int(getattr(record, name).sum()) for record in records) for name in ("key_blocks", "value_blocks")
         )
+        kernels = self.kernels + Counter(record.kernel for record in records)
         # Nothing from here on can fail.
         self.rungs = rungs
         for distribution, values in metrics:
@@ -193,6 +199,7 @@ class LayerSummary:
         self.value_blocks += value_blocks
         self.bytes_moved += sum(record.bytes_moved for record in records)
         self.calls += len(records)
+        self.kernels = kernels
 
     def merge(self, other: LayerSummary) -> None:
         """Add another summary of the same heads."""
@@ -203,6 +210,7 @@ class LayerSummary:
         self.value_blocks += other.value_blocks
         self.bytes_moved += other.bytes_moved
         self.calls += other.calls
+        self.kernels = self.kernels + other.kernels
 
     def to_dict(self, heads: bool = True) -> dict[str, Any]:
         """Shares and figures of the layer and, unless switched off, of each head."""
@@ -214,6 +222,7 @@ class LayerSummary:
             "promoted_value_blocks": self.value_blocks,
             "bytes_moved": self.bytes_moved,
             "calls": self.calls,
+            "kernels": dict(self.kernels),
             "relative": {name: part.summary() for name, part in self.metrics.items()},
         }
         if heads:
@@ -303,6 +312,6 @@ class Recorder:
                 single.count, single.total = part.count.sum(keepdims=True), part.total.sum(keepdims=True)
                 single.largest, single.bins = part.largest.max(keepdims=True), part.bins.sum(axis=0, keepdims=True)
             flat.key_blocks, flat.value_blocks = summary.key_blocks, summary.value_blocks
-            flat.bytes_moved, flat.calls = summary.bytes_moved, summary.calls
+            flat.bytes_moved, flat.calls, flat.kernels = summary.bytes_moved, summary.calls, summary.kernels
             merged.merge(flat)
         return merged

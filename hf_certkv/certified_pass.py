@@ -25,6 +25,7 @@ class CertifiedPass(StepInputs):
         super().__init__(layer, call)
         self.certificate: bounds.Certificate | None = None
         self.fused: cpu.FusedStep | None = None
+        self.kernel = "reference"  # what reads the codes: that, "cpu" or "none"
         self.settled = False  # every row was seen within its budget, and none is dense
         self.at_once = False  # the CPU kernel saw that, and nothing else is asked for
 
@@ -79,6 +80,7 @@ class CertifiedPass(StepInputs):
 
     def without_pass(self) -> None:
         """Nothing is computed from codes: everything is to be dense."""
+        self.kernel = "none"
         self.candidate = self.bound = self.expected = torch.full_like(self.query_norm, math.nan)
         self.output = self.call.query.new_zeros(self.shape)
 
@@ -119,6 +121,7 @@ class CertifiedPass(StepInputs):
         if self.fused is not None or not cpu.supports(self):
             return
         self.fused = fused = cpu.FusedStep(self)
+        self.kernel = "cpu"
         fused.run()
         if stages.asked():
             fused.tell_stages()

@@ -53,6 +53,7 @@ def step_record(step: DecodeStep, error: Tensor) -> StepRecord:
         key_blocks,
         value_blocks,
         step.bytes_moved,
+        step.kernel,
     )
 
 
@@ -76,6 +77,7 @@ def settled_record(step: DecodeStep) -> StepRecord:
         _constant((batch, heads), 0),
         _constant((batch, heads), 0),
         0,
+        step.kernel,
     )
 
 

@@ -158,6 +158,9 @@ class CertificateReport:
         table.add_row(*self._row("all", overall), style="bold")
         parts.append(table)
         notes = ["B: bound of certified outputs, E_rms: error to expect (medians unless said; shares of the output's norm)"]
+        if overall["kernels"]:
+            calls = ", ".join(f"{name} {count:,}" for name, count in sorted(overall["kernels"].items()))
+            notes.append(f"calls by kernel: {calls}")
         if self._data["exact_head_steps"]:
             notes.append(
                 f"{self._data['exact_head_steps']:,} head-steps exact from the originals: many queries, or not what the "

@@ -242,7 +242,8 @@ def records_of(seed: int, count: int, heads: int = 3) -> list[StepRecord]:
         figures["expected"][rng.random(shape) < 0.2] = 0.0
         rung = rng.integers(0, len(Rung), shape)
         blocks = rng.integers(0, 5, (2, shape[0], 2))
-        made.append(StepRecord(step, 0, rung, **figures, key_blocks=blocks[0], value_blocks=blocks[1], bytes_moved=7))
+        counts = {"key_blocks": blocks[0], "value_blocks": blocks[1], "bytes_moved": 7}
+        made.append(StepRecord(step, 0, rung, **figures, **counts, kernel=str(rng.choice(["cpu", "reference", "none"]))))
     return made
 
 
@@ -268,7 +269,7 @@ def test_merging_is_adding_everything(parts: tuple[int, ...]) -> None:
         assert (ours.count == theirs.count).all() and (ours.bins == theirs.bins).all()
         assert (ours.largest == theirs.largest).all()
         np.testing.assert_allclose(ours.total, theirs.total, rtol=1e-12)
-    for name in ("key_blocks", "value_blocks", "bytes_moved", "calls"):
+    for name in ("key_blocks", "value_blocks", "bytes_moved", "calls", "kernels"):
         assert getattr(merged, name) == getattr(whole, name)
     assert whole.bytes_moved == 7 * sum(parts) and whole.calls == sum(parts)
 
@@ -293,7 +294,21 @@ def one_by_one(records: list[StepRecord], heads: int = 3) -> LayerSummary:
         summary.value_blocks += int(record.value_blocks.sum())
         summary.bytes_moved += record.bytes_moved
         summary.calls += 1
+        summary.kernels[record.kernel] += 1
     return summary
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rtol", "expected"), [("cpu", 0.5, "cpu"), ("reference", 0.5, "reference"), ("cpu", 0.0, "none")]
+)
+def test_which_kernel_ran(kernel: str, rtol: float, expected: str) -> None:
+    if kernel == "cpu":
+        pytest.importorskip("numba")
+    report = run(kernel=kernel, rtol=rtol, record="full").report()
+    data = report.to_dict()
+    assert data["overall"]["kernels"] == {expected: 2 * (STEPS - 1)}
+    assert {record["kernel"] for record in data["records"]} == {expected}
+    assert f"calls by kernel: {expected} {2 * (STEPS - 1)}" in str(report)
 
 
 def assert_identical(ours: LayerSummary, theirs: LayerSummary) -> None:
@@ -303,7 +318,7 @@ def assert_identical(ours: LayerSummary, theirs: LayerSummary) -> None:
         for part in ("count", "total", "largest", "bins"):
             a, b = getattr(ours.metrics[name], part), getattr(theirs.metrics[name], part)
             assert a.dtype == b.dtype and a.tobytes() == b.tobytes(), (name, part)
-    for name in ("key_blocks", "value_blocks", "bytes_moved", "calls"):
+    for name in ("key_blocks", "value_blocks", "bytes_moved", "calls", "kernels"):
         assert getattr(ours, name) == getattr(theirs, name)
 
 

@@ -70,22 +70,27 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 @cache
-def _linked() -> Any:
-    """The compiler of functions that only kernels call: their LLVM code, as it is, becomes part of whatever calls them.
+def _linked(optimised: bool) -> Any:
+    """The compiler of functions that only kernels call: their LLVM code becomes part of whatever calls them.
 
     numba would optimise each of them, with all that it calls, and turn it into machine code that nobody runs: that takes longer
-    than the kernels themselves.
+    than the kernels themselves. Args: optimised: whether a function is optimised by itself nevertheless.
     """
     from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import Compiler
 
     class Linked(JITCodeLibrary):
         def add_llvm_module(self, module: Any) -> None:
-            self._final_module.link_in(module)
+            if optimised:
+                super().add_llvm_module(module)
+            else:
+                self._final_module.link_in(module)
 
-        def finalize(self) -> None:
-            for library in dict.fromkeys(self._linking_libraries):
-                self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        def _optimize_final_module(self) -> None:
+            if optimised:
+                super()._optimize_final_module()
+
+        def _finalize_final_module(self) -> None:
             self._finalized = True
 
         @property
@@ -103,12 +108,15 @@ def _linked() -> Any:
 def part(function: Callable[..., Any], **options: Any) -> Any:
     """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through.
 
-    Its sums are in the order written, whoever calls it: unless told, numba would take over `fastmath` from a caller.
+    Its sums are in the order written, whoever calls it: unless told, numba would take over `fastmath` from a caller. Where they
+    may be in any order, so that its loops can be vectorised, that is done before it is written out among others: later LLVM
+    misses some.
     """
     import numba
 
     inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": False, **options}
-    return numba.njit(nogil=True, error_model="numpy", pipeline_class=_linked(), **inner)(function)
+    compiler = _linked("reassoc" in (inner["fastmath"] or ()))
+    return numba.njit(nogil=True, error_model="numpy", pipeline_class=compiler, **inner)(function)
 
 
 def swift(function: Callable[..., Any]) -> Any:
