@@ -53,7 +53,7 @@ class StepRecord:
     key_blocks: np.ndarray
     value_blocks: np.ndarray
     bytes_moved: int
-    kernel: str = "reference"
+    kernel: str
 
     def relative(self) -> dict[str, np.ndarray]:
         """The metrics: bounds and errors over the output's norm, and bound over true error.

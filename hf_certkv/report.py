@@ -159,7 +159,8 @@ class CertificateReport:
         parts.append(table)
         notes = ["B: bound of certified outputs, E_rms: error to expect (medians unless said; shares of the output's norm)"]
         if overall["kernels"]:
-            calls = ", ".join(f"{name} {count:,}" for name, count in sorted(overall["kernels"].items()))
+            names = {"none": "none (dense at once)"}
+            calls = ", ".join(f"{names.get(name, name)} {count:,}" for name, count in sorted(overall["kernels"].items()))
             notes.append(f"calls by kernel: {calls}")
         if self._data["exact_head_steps"]:
             notes.append(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .checksums import block_checksum
 from .codecs import PER_LEVEL, EncodedBlocks, KeyCodec, ValueCodec
+from .kernels import cpu
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
@@ -92,12 +93,10 @@ def compiled_writer(x: Tensor) -> ModuleType | None:
 
 def _compiled(device: torch.device) -> ModuleType | None:
     """`kernels.cpu_write` where it is installed and the blocks lie where it can read them."""
-    if not COMPILED or device.type != "cpu":
+    if not COMPILED or device.type != "cpu" or not cpu.installed():
         return None
-    try:
-        from .kernels import cpu_write
-    except ImportError:  # without the extra `cpu`
-        return None
+    from .kernels import cpu_write
+
     return cpu_write
 
 

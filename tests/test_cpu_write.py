@@ -396,20 +396,22 @@ def test_under_any_mode(mode: Callable[[], torch.no_grad]) -> None:
 def test_without_numba_the_codecs_write(monkeypatch: pytest.MonkeyPatch) -> None:
     assert store.compiled_writer(torch.zeros(1)) is cpu_write
     assert store.compiled_writer(torch.zeros(1, dtype=torch.float64)) is None
-    monkeypatch.delitem(sys.modules, "hf_certkv.kernels.cpu_write")
-    monkeypatch.delattr("hf_certkv.kernels.cpu_write")
-    monkeypatch.setitem(sys.modules, "hf_certkv.kernels.cpu_write", None)
+    monkeypatch.setattr(cpu, "installed", lambda: False)
     assert store.compiled_writer(torch.zeros(1)) is None
 
 
 def test_one_line_when_something_is_compiled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "_announced", False)
-    compiling.announce()
-    compiling.announce()
-    assert capsys.readouterr().err.count("\n") == 1
     compiled(torch.randn(1, 1, 1, 16, 8), KeyCodec(True))
+    capsys.readouterr()
     assert compiling.is_kept(cpu_write._write)
-    assert not compiling.is_kept(object.__new__(type("Other", (), {"signatures": ()})))
+    compiling.announce(cpu_write._write)
+    assert capsys.readouterr().err == ""
+    new = type("Other", (), {"signatures": ()})()
+    assert not compiling.is_kept(new)
+    compiling.announce(new)
+    compiling.announce(new)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,6 +432,33 @@ def test_what_is_on_disk_belongs_to_these_sources() -> None:
     """A kernel's name in the cache has a digest of all kernels and of the codecs in it."""
     assert cpu_write._write.py_func.__qualname__.endswith(compiling.version())
     assert compiling.version() in cpu_write._write._cache._cache_file._index_name
+
+
+def test_inner_functions_are_no_machine_code() -> None:
+    """They are linked into the kernel, which alone is run."""
+    inner = compiling.part(lambda x: x * 3 + 1)
+    outer = compiling.kernel()(lambda x: inner(x) + 1)
+    assert outer(5) == 17
+    library = next(iter(inner.overloads.values())).library
+    assert type(library).__name__ == "Linked"
+    name = next(iter(inner.overloads.values())).fndesc.mangled_name
+    assert library.get_pointer_to_function(name) == 0
+    alone = compiling.kernel()(lambda x: x * 3 + 1)
+    assert alone(5) == 16
+    found = next(iter(alone.overloads.values()))
+    assert found.library.get_pointer_to_function(found.fndesc.mangled_name) != 0
+
+
+def test_nothing_is_compiled_where_numba_is_told_not_to() -> None:
+    code = (
+        "import torch; from hf_certkv import CertifiedQuantizedCache as Cache; from hf_certkv.bench.model import model_config\n"
+        "x = torch.randn(1, 8, 300, 128); cache = Cache(model_config(128, layers=1)); held = cache.update(x, x, 0)\n"
+        "held = cache.update(x[:, :, :1], x[:, :, :1], 0)\n"
+        "torch.nn.functional.scaled_dot_product_attention(torch.randn(1, 32, 1, 128), *held, enable_gqa=True)\n"
+        "assert set(cache.report().to_dict()['overall']['kernels']) <= {'reference', 'none'}, cache.report()"
+    )
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
 
 
 def test_imported_only_when_it_is_needed() -> None:

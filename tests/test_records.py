@@ -298,17 +298,27 @@ def one_by_one(records: list[StepRecord], heads: int = 3) -> LayerSummary:
     return summary
 
 
-@pytest.mark.parametrize(
-    ("kernel", "rtol", "expected"), [("cpu", 0.5, "cpu"), ("reference", 0.5, "reference"), ("cpu", 0.0, "none")]
-)
-def test_which_kernel_ran(kernel: str, rtol: float, expected: str) -> None:
+KERNELS: list[tuple[str, dict[str, Any], str]] = [
+    ("cpu", {}, "cpu"),
+    ("cpu", {"audit": True}, "cpu"),
+    ("cpu", {"value_group": 7}, "reference"),  # for which there is no compiled code
+    ("reference", {}, "reference"),
+    ("cpu", {"rtol": 0.0}, "none"),
+]
+
+
+@pytest.mark.parametrize(("kernel", "changes", "expected"), KERNELS, ids=str)
+def test_which_kernel_ran(kernel: str, changes: dict[str, Any], expected: str) -> None:
     if kernel == "cpu":
         pytest.importorskip("numba")
-    report = run(kernel=kernel, rtol=rtol, record="full").report()
-    data = report.to_dict()
-    assert data["overall"]["kernels"] == {expected: 2 * (STEPS - 1)}
-    assert {record["kernel"] for record in data["records"]} == {expected}
-    assert f"calls by kernel: {expected} {2 * (STEPS - 1)}" in str(report)
+    cache = run(**{"kernel": kernel, "rtol": 0.5, "record": "full", **changes})
+    for one in (cache, copy.deepcopy(cache)):
+        data = one.report().to_dict()
+        assert data["overall"]["kernels"] == {expected: 2 * (STEPS - 1)}
+        assert data["layers"]["1"]["kernels"] == {expected: STEPS - 1}
+        assert {record["kernel"] for record in data["records"]} == {expected}
+    shown = {"none": "none (dense at once)"}.get(expected, expected)
+    assert f"calls by kernel: {shown} {2 * (STEPS - 1)}" in str(cache.report())
 
 
 def assert_identical(ours: LayerSummary, theirs: LayerSummary) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 _announced = False
 
 
-def announce() -> None:
-    """Say on stderr, once per process, that kernels are being compiled."""
+def announce(function: Any) -> None:
+    """Say on stderr, once per process, that kernels are being compiled, if that one has to be."""
     global _announced
-    if not _announced:
+    if not _announced and not is_kept(function):
         _announced = True
         print("hf_certkv: compiling CPU kernels (once; kept on disk where the cache can be written)", file=sys.stderr)
 
@@ -74,10 +74,15 @@ def _linked(optimised: bool) -> Any:
     """The compiler of functions that only kernels call: their LLVM code becomes part of whatever calls them.
 
     numba would optimise each of them, with all that it calls, and turn it into machine code that nobody runs: that takes longer
-    than the kernels themselves. Args: optimised: whether a function is optimised by itself nevertheless.
+    than the kernels themselves. These are its own matters: where they have changed, it does just that, or is told nothing.
+    Args: optimised: whether a function is optimised by itself nevertheless.
     """
-    from numba.core.codegen import JITCodeLibrary
     from numba.core.compiler import Compiler
+
+    try:
+        from numba.core.codegen import JITCodeLibrary
+    except ImportError:
+        return Compiler
 
     class Linked(JITCodeLibrary):
         def add_llvm_module(self, module: Any) -> None:
@@ -108,6 +113,7 @@ def _linked(optimised: bool) -> Any:
 def part(function: Callable[..., Any], **options: Any) -> Any:
     """A function that only kernels call: compiled into them, not kept by itself, without what Python would call it through.
 
+    Python that calls it crashes: tests call a `kernel` that does.
     Its sums are in the order written, whoever calls it: unless told, numba would take over `fastmath` from a caller. Where they
     may be in any order, so that its loops can be vectorised, that is done before it is written out among others: later LLVM
     misses some.
@@ -115,7 +121,7 @@ def part(function: Callable[..., Any], **options: Any) -> Any:
     import numba
 
     inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": False, **options}
-    compiler = _linked("reassoc" in (inner["fastmath"] or ()))
+    compiler = _linked(inner["fastmath"] is True or "reassoc" in (inner["fastmath"] or ()))
     return numba.njit(nogil=True, error_model="numpy", pipeline_class=compiler, **inner)(function)
 
 

@@ -7,6 +7,7 @@ distances by squared weights is bounded by what the other sums say of it (`bound
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .. import stages
 from ..bounds import Certificate
-from . import team, threads
+from . import compiling, team, threads
 from .reference import Segments
 from .scratch import scratch_for
 
@@ -57,8 +58,8 @@ def fits(codec: ValueCodec, widths: tuple[int, int]) -> bool:
 
 @lru_cache(maxsize=1)
 def installed() -> bool:
-    """Whether numba can be imported."""
-    return find_spec("numba") is not None
+    """Whether numba can be imported, and compiles."""
+    return find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0")
 
 
 INTEGERS = True  # whether codes are multiplied as integers where the processor can do that
@@ -250,6 +251,7 @@ class FusedStep:
         """Blocks at level 0 or 1 as float32, into their places of `out` `[n, block, channels]`; others are left alone."""
         from . import cpu_redo
 
+        compiling.announce(cpu_redo.read)
         coded = self.layer.memo(f"cpu kernel, coded {kind}", lambda: _coded(self.layer, kind))
         units, numbers = self._units(index)
         levels = levels.contiguous()
@@ -261,6 +263,7 @@ class FusedStep:
         """Put single blocks into the pass's sums anew. Args: keys, values: float32 `[n, block, channels]`, contiguous."""
         from . import cpu_redo
 
+        compiling.announce(cpu_redo.redo)
         units, numbers = self._units(index)
         given = (self.numbers.ctypes.data, units.data_ptr(), numbers.data_ptr(), len(units), keys.data_ptr(), values.data_ptr())
         threads.run(lambda start, stop: cpu_redo.redo(*given, start, stop), len(units), REDONE_AT_LEAST)
@@ -316,11 +319,10 @@ def _modules() -> tuple[Any, Any]:
 @lru_cache(maxsize=2)
 def _address(integers: bool) -> int:
     """Where the compiled step begins; it is compiled once, and not in every thread, with a word to the user."""
-    from . import compiling, cpu_step
+    from . import cpu_step
 
     function = cpu_step.share_integers if integers else cpu_step.share
-    if not compiling.is_kept(function):
-        compiling.announce()
+    compiling.announce(function)
     return compiling.address(function)
 
 

@@ -55,11 +55,10 @@ CHUNK = 16  # blocks that a thread takes at a time
 Work = Callable[[int, int], object]  # on units start..stop-1
 Task = tuple[Tensor, KeyCodec | ValueCodec, dict[str, Tensor], int]
 SIGNED_AT_LEAST = 128  # blocks that are worth a thread
-_ready = False
-exact, summing = (compiling.kernel(fastmath=allowed, error_model="numpy") for allowed in (EXACT, SUMMING))
+exact_kernel, summing_kernel = (compiling.kernel(fastmath=allowed, error_model="numpy") for allowed in (EXACT, SUMMING))
 
 
-@exact
+@exact_kernel
 def _write(
     bits16: Any,
     bits32: Any,
@@ -204,7 +203,7 @@ def _write(
         left[unit] = wrong
 
 
-@summing
+@summing_kernel
 def _sign(words: Any, factors: Any, sizes: Any, first: int, checksums: Any, fresh: bool, start: int, stop: int) -> None:
     """What one part adds to the checksums of blocks start..stop-1."""
     heads, blocks = sizes[0], sizes[1]
@@ -216,15 +215,6 @@ def _sign(words: Any, factors: Any, sizes: Any, first: int, checksums: Any, fres
         checksums[b, h, n] = total if fresh else checksums[b, h, n] + total
 
 
-def _compile() -> None:
-    """Tell the user, if the first call will take long."""
-    global _ready
-    if not _ready:
-        if not compiling.is_kept(_write):
-            compiling.announce()
-        _ready = True
-
-
 def _shared(work: list[tuple[Work, int]]) -> None:
     """Call each function for all of its units, a few at a time, on as many threads as get to it: some may be held up."""
     threads.share(
@@ -234,7 +224,7 @@ def _shared(work: list[tuple[Work, int]]) -> None:
 
 def _writing(x: Tensor, codec: KeyCodec | ValueCodec, parts: dict[str, Tensor], first: int) -> tuple[np.ndarray, Work]:
     """Which blocks `write` leaves out, and what writes some of them."""
-    _compile()
+    compiling.announce(_write)
     x = x.detach()
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, blocks, tokens, channels = x.shape
@@ -320,7 +310,7 @@ def sign(parts: list[Tensor | None], checksums: Tensor, first: int, blocks: int)
     _shared([(_signing(parts, checksums, first, blocks), checksums.shape[0] * checksums.shape[1] * blocks)])
 
 
-@summing
+@summing_kernel
 def _sign_some(
     words: Any, factors: Any, rows: Any, heads: Any, blocks: Any, sums: Any, fresh: bool, start: int, stop: int
 ) -> None:
