@@ -47,10 +47,11 @@ def measure(
     contexts: Annotated[str, typer.Option(help="tokens held, with commas")] = _joined(BenchOptions.contexts),
     prefills: Annotated[str, typer.Option(help="prompts of the prefill part, with commas")] = _joined(BenchOptions.prefills),
     shapes: Annotated[bool, typer.Option(help="other head sizes and batches than 128 and 1 as well")] = True,
+    name: Annotated[str | None, typer.Option(help="of the result, if it is not the one that the documents are made from")] = None,
 ) -> None:
     """Measure everything, saving after each part, then write the documents."""
     quiet_libraries()
-    name = NAME if device == "cpu" else f"{NAME}_{device}"
+    name = name or (NAME if device == "cpu" else f"{NAME}_{device}")
 
     def save(result: dict[str, Any]) -> None:
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -60,7 +61,7 @@ def measure(
         sizes |= {"head_dims": (128,), "batches": (1,)}
     options = BenchOptions(threads=threads, rounds=rounds, device=device, what=tuple(what.split(",")), **sizes)
     result = run(options, lambda part, text: print(f"{part}: {text}", flush=True), save)
-    if device == "cpu":
+    if name == NAME:
         write_documents(result)
 
 
