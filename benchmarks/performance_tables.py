@@ -185,7 +185,7 @@ def tolerance_table(bench: Result) -> str:
 
 
 def prefill_table(bench: Result) -> str:
-    """Prefill times, of a run with more rounds than docs/benchmarks.md has: what a prefill costs is little beside what disturbs it."""
+    """Prefill times, of a run with more rounds than docs/benchmarks.md has: what disturbs is more than what a cache costs."""
     part = next(one for one in report.sections(bench) if one.key == "prefill")
     return f"{table(part.header, part.rows)}\n\n{report.provenance(bench)}"
 
