@@ -47,7 +47,7 @@ def measure(
     contexts: Annotated[str, typer.Option(help="tokens held, with commas")] = _joined(BenchOptions.contexts),
     prefills: Annotated[str, typer.Option(help="prompts of the prefill part, with commas")] = _joined(BenchOptions.prefills),
     shapes: Annotated[bool, typer.Option(help="other head sizes and batches than 128 and 1 as well")] = True,
-    name: Annotated[str | None, typer.Option(help="of the result, if no document is made from it")] = None,
+    name: Annotated[str | None, typer.Option(help="of the result, if docs/benchmarks.md is not made from it")] = None,
 ) -> None:
     """Measure everything, saving after each part, then write the documents."""
     quiet_libraries()

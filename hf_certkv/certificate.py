@@ -169,12 +169,16 @@ class LayerSummary:
     key_blocks: int = 0
     value_blocks: int = 0
     bytes_moved: int = 0
-    calls: int = 0
     kernels: Counter[str] = field(default_factory=Counter)  # calls by kernel
 
     def __post_init__(self) -> None:
         self.rungs = np.zeros((self.heads, len(Rung)), dtype=np.int64)
         self.metrics = {name: Distribution(self.heads) for name in METRICS}
+
+    @property
+    def calls(self) -> int:
+        """Calls, by whatever kernel."""
+        return self.kernels.total()
 
     def add(self, record: StepRecord) -> None:
         """Add one call."""
@@ -198,7 +202,6 @@ class LayerSummary:
         self.key_blocks += key_blocks
         self.value_blocks += value_blocks
         self.bytes_moved += sum(record.bytes_moved for record in records)
-        self.calls += len(records)
         self.kernels = kernels
 
     def merge(self, other: LayerSummary) -> None:
@@ -209,7 +212,6 @@ class LayerSummary:
         self.key_blocks += other.key_blocks
         self.value_blocks += other.value_blocks
         self.bytes_moved += other.bytes_moved
-        self.calls += other.calls
         self.kernels = self.kernels + other.kernels
 
     def to_dict(self, heads: bool = True) -> dict[str, Any]:
@@ -312,6 +314,6 @@ class Recorder:
                 single.count, single.total = part.count.sum(keepdims=True), part.total.sum(keepdims=True)
                 single.largest, single.bins = part.largest.max(keepdims=True), part.bins.sum(axis=0, keepdims=True)
             flat.key_blocks, flat.value_blocks = summary.key_blocks, summary.value_blocks
-            flat.bytes_moved, flat.calls, flat.kernels = summary.bytes_moved, summary.calls, summary.kernels
+            flat.bytes_moved, flat.kernels = summary.bytes_moved, summary.kernels
             merged.merge(flat)
         return merged

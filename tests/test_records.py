@@ -293,7 +293,6 @@ def one_by_one(records: list[StepRecord], heads: int = 3) -> LayerSummary:
         summary.key_blocks += int(record.key_blocks.sum())
         summary.value_blocks += int(record.value_blocks.sum())
         summary.bytes_moved += record.bytes_moved
-        summary.calls += 1
         summary.kernels[record.kernel] += 1
     return summary
 

@@ -74,7 +74,7 @@ def _linked(optimised: bool) -> Any:
     """The compiler of functions that only kernels call: their LLVM code becomes part of whatever calls them.
 
     numba would optimise each of them, with all that it calls, and turn it into machine code that nobody runs: that takes longer
-    than the kernels themselves. These are its own matters: where they have changed, it does just that, or is told nothing.
+    than the kernels themselves. What is replaced here is numba's own matter; where it has other names, numba does just that.
     Args: optimised: whether a function is optimised by itself nevertheless.
     """
     from numba.core.compiler import Compiler
