@@ -220,12 +220,12 @@ def rounding_error(
     return (moved + weight_cast * 1.01 * value_radius + flushed) * OUTWARD
 
 
-def step_slip(block: int, group: int) -> float:
+def step_slip(block: int, group: int, lanes: int = 16) -> float:
     """What codes multiplied as integers add to a block's sum of values, over its sum of weights times steps   [section 5].
 
-    Args: block: tokens; group: channels of a value scale.
+    Args: block: tokens; group: channels of a value scale; lanes: chains that a sum over tokens is made of.
     """
-    return math.sqrt(group) * UNIT_ROUNDOFF * (16 * (block / 16 + 8) + 64) * (1 + 2.0**-10)
+    return math.sqrt(group) * UNIT_ROUNDOFF * (16 * (block / lanes + 8) + 64) * (1 + 2.0**-10)
 
 
 def output_rounding(output_norm: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

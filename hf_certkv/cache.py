@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from . import device_decode
 from .certificate import Recorder
 from .config import CertKVConfig
 from .errors import CachePicklingError, CacheStateError, ConfigError, MissingDependencyError, UnsupportedModelError
@@ -38,7 +39,7 @@ class CertifiedQuantizedCache(StepJournal, Cache):
     Raises:
         ConfigError: a setting is unknown or out of range.
         UnsupportedModelError: the model has a cache layout that cannot be served.
-        MissingDependencyError: `kernel="cpu"` without numba.
+        MissingDependencyError: `kernel="cpu"` without numba, `kernel="triton"` without triton.
 
     Example:
         >>> cache = CertifiedQuantizedCache(model.config, rtol=0.05)
@@ -67,6 +68,8 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         self.settings = (settings or CertKVConfig()).replace(**changes)
         if self.settings.kernel == "cpu" and not cpu.installed():
             raise MissingDependencyError("kernel='cpu' needs numba: `pip install 'hf_certkv[cpu]'`, or leave kernel='auto'.")
+        if self.settings.kernel == "triton" and not device_decode.installed():
+            raise MissingDependencyError("kernel='triton' needs triton: `pip install 'hf_certkv[gpu]'`, or leave kernel='auto'.")
         self.recorder = Recorder(full=self.settings.record == "full")
         self._begin_journal()
         self._warned: set[str] = set()

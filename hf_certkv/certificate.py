@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -238,6 +238,29 @@ class LayerSummary:
         return out
 
 
+class DeferredRecord(Protocol):
+    """A record that a device still computes. Attributes: layer: index."""
+
+    layer: int
+
+    def done(self) -> bool:
+        """Whether it can be had without waiting."""
+
+    def require_sound(self) -> None:
+        """Raises: CorruptedPageError: the step met a damaged page; what it returned is NaN where that was needed."""
+
+    def fetch(self) -> StepRecord:
+        """The record; waits for the device."""
+
+
+Record = StepRecord | DeferredRecord
+
+
+def found_of(record: Record) -> StepRecord:
+    """The record itself, whoever computed it."""
+    return record if isinstance(record, StepRecord) else record.fetch()
+
+
 class Recorder:
     """Collects records. Those of a step under way are held back, so that a step that fails leaves no trace.
 
@@ -248,17 +271,24 @@ class Recorder:
 
     def __init__(self, full: bool) -> None:
         self.full = full
-        self.records: list[StepRecord] = []
+        self._records: list[Record] = []
         self.materialised: dict[str, int] = {}
         self.exact_queries = 0
         self.repaired = 0
         self.step = 0
-        self._pending: list[StepRecord] = []
+        self._pending: list[Record] = []
+        self._unseen: list[DeferredRecord] = []  # of steps that are over, which may still tell of damage
         self._pending_exact = 0
         self._summaries: dict[int, LayerSummary] = {}
-        self._waiting: dict[int, list[StepRecord]] = {}  # these count, and are not in the summaries yet
+        self._waiting: dict[int, list[Record]] = {}  # these count, and are not in the summaries yet
 
-    def add(self, record: StepRecord) -> None:
+    @property
+    def records(self) -> list[StepRecord]:
+        """Every record, in order, where all are kept."""
+        self._records = [found_of(record) for record in self._records]
+        return self._records  # type: ignore[return-value]
+
+    def add(self, record: Record) -> None:
         """Hold a record until its step is over."""
         self._pending.append(record)
 
@@ -267,10 +297,14 @@ class Recorder:
         self._pending_exact += head_steps
 
     def commit(self) -> None:
-        """The step under way succeeded: its records count."""
+        """The step under way succeeded: its records count.
+
+        Raises: CorruptedPageError: a device found a damaged page in an earlier step, and has told so by now.
+        """
         pending, self._pending = self._pending, []
         if self.full:
-            self.records += pending
+            self._records += pending
+        self._unseen += [record for record in pending if not isinstance(record, StepRecord)]
         self.exact_queries += self._pending_exact
         self._pending_exact = 0
         for record in pending:
@@ -279,6 +313,15 @@ class Recorder:
             # Layers take turns, so that no step has to wait for the summaries of all.
             if (self.step + layer) % WAITING == 0 or len(self._waiting[layer]) >= 2 * WAITING:
                 self._summarise(layer)
+        self.look()
+
+    def look(self, wait: bool = False) -> None:
+        """See whether steps that a device computed met a damaged page. Args: wait: for those that are not done, too.
+
+        Raises: CorruptedPageError: once for each.
+        """
+        while self._unseen and (wait or self._unseen[0].done()):
+            self._unseen.pop(0).require_sound()
 
     def discard(self) -> None:
         """The step under way failed: as if it had not been."""
@@ -287,7 +330,8 @@ class Recorder:
     def _summarise(self, layer: int) -> None:
         waiting = self._waiting[layer]
         with uninterrupted():
-            for _, alike in groupby(list(waiting), key=lambda record: record.rung.shape):
+            waiting[:] = found = [found_of(record) for record in waiting]
+            for _, alike in groupby(found, key=lambda record: record.rung.shape):
                 records = list(alike)
                 self._summaries.setdefault(layer, LayerSummary(records[0].rung.shape[1])).add_all(records)
                 del waiting[: len(records)]

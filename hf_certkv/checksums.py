@@ -1,4 +1,4 @@
-"""Checksums of quantised blocks, computed where the blocks lie: no copy to the host, no loop over blocks.
+"""Checksums of quantised blocks, and of pages of originals for kernels, computed where these lie: no copy to the host.
 
 The checksum of a block is sum_i m_i * w_i mod 2^64 over its 32-bit words w_i, with fixed odd 64-bit multipliers m_i. A flipped
 bit k changes word i by 2^k, and the sum by m_i * 2^k, which is not 0 mod 2^64 because m_i is odd and k < 64: every single
@@ -43,3 +43,27 @@ def block_checksum(parts: list[Tensor | None], leading: int, device: torch.devic
         total = sums if total is None else total + sums
     assert total is not None, "a block has codes"
     return total
+
+
+SCRATCH = 2**22  # numbers of pages that are added up at a time: bounds the int64 scratch of a prefill
+
+
+def page_sums(pages: Tensor, part: int) -> Tensor:
+    """Checksums of pages of originals, for kernels that read them: sum_i m_i * w_i mod 2^64 over a page's numbers.
+
+    w_i is the number's bits as an unsigned integer of its size (16 or 32 bits), i counts in row-major [block, channels] order,
+    m = `multipliers(part, block * channels, device)`: odd, so that every single flipped bit is noticed.
+
+    Args: pages: `[batch, kv_heads, blocks, block, channels]`; part: 0 for keys, 1 for values.
+    Returns: int64 `[batch, kv_heads, blocks]`, on the pages' device.
+    """
+    size = pages.element_size()
+    whole, mask = (torch.int16, 0xFFFF) if size == 2 else (torch.int32, 0xFFFFFFFF)
+    batch, heads, blocks, block, channels = pages.shape
+    factors = multipliers(part, block * channels, pages.device)
+    sums = torch.empty(batch, heads, blocks, dtype=torch.int64, device=pages.device)
+    step = max(1, SCRATCH // (batch * heads * block * channels))
+    for first in range(0, blocks, step):
+        words = pages[:, :, first : first + step].view(whole).flatten(3).to(torch.int64)
+        sums[:, :, first : first + step] = words.bitwise_and_(mask).mul_(factors).sum(dim=-1)
+    return sums

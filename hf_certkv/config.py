@@ -14,7 +14,7 @@ Scope = Literal["head", "layer"]
 Policy = Literal["budget", "paper", "naive"]
 Refine = Literal["device", "host", "off"]
 Record = Literal["summary", "full"]
-Kernel = Literal["auto", "reference", "cpu"]
+Kernel = Literal["auto", "reference", "cpu", "triton"]
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "scope": get_args(Scope),
@@ -33,7 +33,6 @@ _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "sink_blocks": 0,
     "recent_window": 0,
-    "hot_blocks": 0,
     "exact_below": 0,
     "certify_queries": 1,
     "max_rounds": 1,
@@ -68,7 +67,8 @@ class CertKVConfig:
             or `"off"` to keep none.
         sink_blocks: first blocks of the sequence that stay exact on the device.
         recent_window: most recent tokens that stay exact on the device (the unfinished block comes on top).
-        hot_blocks: blocks per layer, row and KV head whose originals may stay on the device after a promotion.
+        hot_blocks: blocks per layer, row and KV head whose originals may stay on the device after a promotion. None: none on a
+            CPU; on CUDA what fits into 4 % of a dense cache's bytes.
         exact_below: caches of at most this many tokens are not quantised at all.
         certify_queries: calls with more new tokens than this (prefill chunks) are computed exactly from the originals.
         max_rounds: promotion rounds before a head is recomputed densely.
@@ -76,8 +76,9 @@ class CertKVConfig:
         dense_layer_share: the whole layer is recomputed densely when more than this share of its heads is.
         record: `"summary"` keeps running summaries at constant memory; `"full"` keeps every step as well.
         audit: compare every certified output with float64 attention over the originals; raise when a bound is broken.
-        kernel: what computes a certified call. `"auto"`: the fused CPU kernel where numba is installed (extra `cpu`) and the
-            format suits it, else plain torch. `"reference"`: plain torch. `"cpu"`: as auto, but numba must be there.
+        kernel: what computes a certified call. `"auto"`: the Triton kernels on CUDA (extra `gpu`), the fused CPU kernel on a CPU
+            (extra `cpu`), where they are installed and the format suits them, else plain torch. `"reference"`: plain torch.
+            `"cpu"`, `"triton"`: as auto, but numba or triton must be there.
         seed: of the exploration in the paper's policy.
         paper_tau_cov, paper_k_min, paper_k_max, paper_v_tol, paper_rank_depth, paper_canary, paper_explore: the
             published method's monitors: coverage target, fewest and most blocks whose keys it raises, value threshold,
@@ -97,7 +98,7 @@ class CertKVConfig:
     refine: Refine = "host"
     sink_blocks: int = 1
     recent_window: int = 64
-    hot_blocks: int = 0
+    hot_blocks: int | None = None
     exact_below: int = 256
     certify_queries: int = 16
     max_rounds: int = 4
@@ -136,6 +137,9 @@ class CertKVConfig:
         for name in _SHARES:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected a share between 0 and 1.")
+        hot = self.hot_blocks
+        if hot is not None and (isinstance(hot, bool) or not isinstance(hot, int) or not 0 <= hot <= LARGEST):
+            raise ConfigError(f"hot_blocks={str(hot)[:40]}: expected None or a whole number from 0 on.")
         group = self.value_group
         if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 0 or group == 1):
             raise ConfigError(f"value_group={group!r}: expected None, 0 (the whole head) or at least 2 channels.")

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import bounds, ladder, stages
+from . import bounds, device_decode, ladder, stages
 from .attention import AttentionCall
 from .audit import audit_step
 from .certificate import StepRecord
@@ -61,6 +61,8 @@ def _repeat(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
 def _attempt(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     config, step = layer.config, None
     exactly = config.certified and config.rtol == 0 and config.atol == 0
+    if not exactly and device_decode.supports(layer, call):
+        return device_decode.decode(layer, call)
     if call.mask is None and not exactly:
         # The CPU kernel does without torch's products, and so without the guard, unless there is more to do.
         step = DecodeStep(layer, call)
@@ -289,6 +291,11 @@ class DecodeStep(CertifiedPass):
             return
         self.details()
         full = (self.key_level == 2) | (self.value_level == 2)
+        if layer.refills:
+            mass = self.mass.amax(2).to(torch.float32)
+            counts = full & ((self.hot_level < 2) | (mass > 1e-3))
+            layer.promoted = torch.where(counts, mass.clamp_min(torch.finfo(mass.dtype).tiny), 0.0)
+            return
         step = layer.cache.recorder.step
         hot_index: Index = tuple(torch.nonzero(full & (self.hot_level == 2) & (self.mass.amax(2) > 1e-3), as_tuple=True))  # type: ignore[assignment]
         layer.hot.touch(hot_index, step)

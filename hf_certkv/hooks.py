@@ -1,6 +1,7 @@
 """accelerate hooks on the decoder layers: fetch before a layer, flush behind it. Chained, reversible.
 
-Without them everything is correct as well: `update` and the decode step do the same, only later.
+Without them everything is correct as well: `update` and the decode step do the same, only later. On CUDA the hot slots of the
+next layer are refilled on a side stream while this layer is computed.
 """
 
 from __future__ import annotations

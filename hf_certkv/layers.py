@@ -20,10 +20,11 @@ from .codecs import KeyCodec, ValueCodec
 from .config import CertKVConfig
 from .errors import CachePicklingError, GradientError, InputError, StaleHandleError
 from .handle import KEYS, VALUES, Handle
+from .hot_slots import AUTOMATIC, HotSlots, gathers, hot_budget
 from .memo import BlockMemo
-from .originals import Originals
+from .originals import Ahead, Originals
 from .shadow import ShadowPages
-from .store import BlockStore, GrowingBuffer, HotSlots, slice_across
+from .store import BlockStore, GrowingBuffer, slice_across
 
 if TYPE_CHECKING:
     from .cache import CertifiedQuantizedCache
@@ -61,8 +62,10 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.new_tokens = 0
         self.exact = (GrowingBuffer(), GrowingBuffer())
         self.store = BlockStore(self.key_codec, self.value_codec, self.config.refine)
-        self.hot = HotSlots(self.config.hot_blocks)
-        self.wanted: tuple[Tensor, Tensor, Tensor] | None = None
+        self.hot = HotSlots(self.config.hot_blocks or 0)
+        self.wanted: tuple[Tensor, Tensor, Tensor] | None = None  # blocks promoted last, as an index
+        self.promoted: Tensor | None = None  # the same for `HotSlots.refill`, where the device refills slots by itself
+        self.ahead: Ahead | None = None
         self.shadow: ShadowPages | None = None
         self.working_bytes = 0  # scratch that the last certified step used, for all layers the same
         self.epoch += 1
@@ -94,6 +97,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.batch, self.heads, _, key_width = key_states.shape
         self.widths = (key_width, value_states.shape[-1])
         self.shadow = ShadowPages(self.layer_idx, self.batch, self.heads, self.block, self.widths, self.dtype, self.device)
+        self.shadow.signs |= self.config.kernel == "triton"
         self.is_initialized = True
 
     def _check(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -150,6 +154,10 @@ class CertifiedLayer(Originals, CacheLayerMixin):
             raise
         self.sequence_length += count
         self.new_tokens = count
+        if count <= self.config.certify_queries:
+            self.ahead = None
+        if self.config.hot_blocks is None and self.device.type in AUTOMATIC and self.store.blocks:
+            self.hot.fit(hot_budget(self.sequence_length, self.block, self.widths, self.dtype.itemsize))
         if was_empty:
             return key_states, value_states
         if self.store.blocks == 0:
@@ -169,7 +177,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
             self.exact = exact
             exact[0].length, exact[1].length = lengths
             self.sequence_length, self.new_tokens = tokens, new_tokens
-            self.wanted = None
+            self.wanted = self.promoted = self.ahead = None
             self.epoch += 1
             self.store.truncate(blocks)
             self.hot.truncate(blocks)
@@ -263,7 +271,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
             assert self.shadow is not None
             self.shadow.truncate(target)
             self.hot.truncate(target)
-            self.wanted = None
+            self.wanted = self.promoted = self.ahead = None
             self.sequence_length = length
             self.new_tokens = 0
             self.epoch += 1
@@ -288,7 +296,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         exact = (self.exact[0].selected(index), self.exact[1].selected(index))
         self.forget()
         self.shadow, self.store, self.hot, self.exact = shadow, store, hot, exact
-        self.batch, self.wanted = len(index), None
+        self.batch, self.wanted, self.promoted, self.ahead = len(index), None, None, None
         self.epoch += 1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -313,13 +321,23 @@ class CertifiedLayer(Originals, CacheLayerMixin):
     def prefetch(self) -> None:
         """Fetch what the next step is likely to promote: the originals of the blocks promoted last, into the hot slots.
 
+        Where the device refills slots by itself this only starts, and nobody waits but the next step's kernels.
+
         Raises: CorruptedPageError: a page's checksum does not match.
         """
+        if self.promoted is not None and self.shadow is not None:
+            promoted, self.promoted = self.promoted, None
+            self.hot.refill(promoted, self.shadow, self.cache.recorder.step)
         if self.wanted is None or self.shadow is None:
             return
         index, self.wanted = self.wanted, None
         pages = [self.shadow.read_pages(kind, *index) for kind in (KEYS, VALUES)]
         self.hot.insert(index, pages[0], pages[1], self.batch, self.heads, self.cache.recorder.step)
+
+    @property
+    def refills(self) -> bool:
+        """Whether hot slots are refilled by the device itself: then steps note `promoted`, and else `wanted`."""
+        return self.shadow is not None and self.shadow.signs and gathers(self.device)
 
     def flush(self) -> None:
         """Take the checksums of blocks whose copy to the host is done."""
@@ -334,7 +352,10 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         """Bytes by part, as allocated; `host_*` lie in host memory."""
         exact = sum(buffer.nbytes for buffer in self.exact)
         pages = self.shadow.nbytes if self.shadow is not None else 0
-        return {**self.store.nbytes(), "exact": exact, "hot": self.hot.nbytes, "host_originals": pages}
+        stored = self.store.nbytes()
+        if self.shadow is not None:
+            stored["checksums"] += self.shadow.device_sums.nbytes
+        return {**stored, "exact": exact, "hot": self.hot.nbytes, "host_originals": pages}
 
     def dense_nbytes(self) -> int:
         """Bytes that a dense cache of the same tokens holds, without any room."""
@@ -350,6 +371,8 @@ class CertifiedLayer(Originals, CacheLayerMixin):
                 value = value.selected(torch.arange(self.batch))
             elif name == "_memo":
                 value = BlockMemo()  # views are of the buffers that were copied
+            elif name == "ahead":
+                value = None
             elif name not in ("_owner", "config", "cache"):
                 value = copy.deepcopy(value, memo)
             new.__dict__[name] = value

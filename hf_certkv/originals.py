@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,20 @@ from .errors import InputError
 from .handle import KEYS, VALUES
 from .shadow import ShadowPages
 from .store import BlockStore, GrowingBuffer
+from .streams import asynchronous, wait_for
+
+if TYPE_CHECKING:
+    from .cache import CertifiedQuantizedCache
+
+
+@dataclass
+class Ahead:
+    """Pages of the first blocks on their way to the device, not verified yet. Attributes: pages: by kind, taken out once."""
+
+    pages: dict[int, Tensor]
+    blocks: int
+    epoch: int
+    event: torch.cuda.Event | None
 
 
 class Originals:
@@ -21,9 +39,15 @@ class Originals:
 
     config: CertKVConfig
     sequence_length: int
+    new_tokens: int
+    layer_idx: int
+    epoch: int
+    device: torch.device
     exact: tuple[GrowingBuffer, GrowingBuffer]
     store: BlockStore
     shadow: ShadowPages | None
+    ahead: Ahead | None
+    _owner: Callable[[], CertifiedQuantizedCache | None]
 
     @property
     def keys(self) -> Tensor | None:
@@ -61,7 +85,47 @@ class Originals:
         """
         if self.store.blocks == 0:
             return self.exact[kind].view[:, :, :length].clone(memory_format=torch.contiguous_format)
-        return self._together(kind, 0, slice(None), slice(None))[:, :, :length].contiguous()
+        found = self._together(kind, 0, slice(None), slice(None))[:, :, :length].contiguous()
+        if kind == VALUES and self.new_tokens > self.config.certify_queries:  # the next layer will be computed exactly as well
+            following = self.following()
+            if following is not None:
+                following.fetch_ahead()
+        return found
+
+    def following(self) -> Originals | None:
+        """The next layer of the model, if it is quantised."""
+        owner = self._owner()
+        layers = [] if owner is None else owner.layers[self.layer_idx + 1 : self.layer_idx + 2]
+        return layers[0] if layers and isinstance(layers[0], Originals) else None
+
+    def fetch_ahead(self) -> None:
+        """Start copying all originals to the device beside what it computes, for `materialise` to use. On the CPU: nothing."""
+        self.ahead, shadow, blocks = None, self.shadow, self.store.blocks
+        if shadow is None or blocks == 0 or not asynchronous(self.device):
+            return
+        try:
+            with shadow.side.queue(behind=False):
+                pages = {kind: shadow.lift(kind, 0, blocks) for kind in (KEYS, VALUES)}
+                self.ahead = Ahead(pages, blocks, self.epoch, shadow.side.mark())
+        except torch.OutOfMemoryError:  # then they are fetched when they are needed
+            return
+
+    def _fetched(self, kind: int) -> tuple[Tensor, int] | None:
+        """What `fetch_ahead` has brought of these blocks, verified, `[B, H, tokens, channels]`, and how many blocks; once."""
+        ahead, shadow = self.ahead, self.shadow
+        if ahead is None or shadow is None:
+            return None
+        if ahead.epoch != self.epoch or ahead.blocks > self.store.blocks or kind not in ahead.pages:
+            self.ahead = None
+            return None
+        pages = ahead.pages.pop(kind)
+        if not ahead.pages:
+            self.ahead = None
+        shadow.verify_range(kind, 0, ahead.blocks)
+        wait_for(self.device, ahead.event)
+        if pages.is_cuda:
+            pages.record_stream(torch.cuda.current_stream(self.device))
+        return pages.movedim(0, 2).flatten(2, 3), ahead.blocks
 
     def unit_originals(self, kind: int, row: int, head: int) -> Tensor:
         """The exact originals of one batch row and KV head: `[1, 1, tokens, channels]`."""
@@ -70,9 +134,19 @@ class Originals:
     def _together(self, kind: int, first: int, rows: slice, heads: slice) -> Tensor:
         """The originals of some batch rows and KV heads, without those of the blocks before `first`."""
         assert self.shadow is not None
-        pages = self.shadow.read_range(kind, first, self.store.blocks, rows, heads)
         exact, sink = self.exact[kind].view[rows, heads], self.sink_tokens
-        return torch.cat([exact[:, :, :sink], pages, exact[:, :, sink:]], dim=2)
+        parts: list[Tensor] = []
+        whole = rows == heads == slice(None)
+        fetched = self._fetched(kind) if whole and first == 0 else None
+        if fetched is not None:
+            parts, first = [fetched[0]], fetched[1]
+        # Blocks that were finished just now are still on the device: the host need not wait for their copy.
+        stop = max(first, self.shadow.arrived) if whole else self.store.blocks
+        if first < stop:
+            parts.append(self.shadow.read_range(kind, first, stop, rows, heads))
+        if stop < self.store.blocks:
+            parts.append(self.shadow.arriving(kind, stop))
+        return torch.cat([exact[:, :, :sink], *parts, exact[:, :, sink:]], dim=2)
 
     def _exact_buffer(self, sink: Tensor, tail: Tensor) -> GrowingBuffer:
         """A new buffer of exact tokens; with room for the most that there can be, as long as blocks are quantised."""

@@ -1,7 +1,9 @@
-"""Device storage of one layer: buffers that grow, the quantised blocks, and the hot slots. No attention, no policy."""
+"""Device storage of one layer: buffers that grow, and the quantised blocks. No attention, no policy."""
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -9,11 +11,13 @@ from torch import Tensor
 
 from .checksums import block_checksum
 from .codecs import PER_LEVEL, EncodedBlocks, KeyCodec, ValueCodec
+from .hot_slots import HotSlots as HotSlots
 from .kernels import cpu
 from .precision import full_precision
 
 ENCODE_NUMBERS = 2**16  # numbers quantised at a time: bounds the float64 scratch of a prefill
-COMPILED = True  # whether the compiled writer is used where there is one; the codecs make the same blocks
+COMPILED = True  # whether a compiled writer is used where there is one; the codecs make the same blocks
+WRITER = "auto"  # or "triton", in its interpreter also on the CPU, or "codec": which one; by default the one for the device
 PARTS = ("codes", "plane", "scale", "offset", "numbers", "lengths")  # of a block, in the order in which its checksum takes them
 Index = tuple[Tensor, Tensor, Tensor]  # int64 [n] each: batch row, KV head, block
 
@@ -85,15 +89,33 @@ def slice_across(buffer: GrowingBuffer, new: Tensor, held: int, start: int, stop
     return old if stop <= held else torch.cat([old, new[:, :, : stop - held]], dim=2)
 
 
-def compiled_writer(x: Tensor) -> ModuleType | None:
-    """`kernels.cpu_write` where it can encode blocks of `x`, or None: then the codecs do."""
-    writer = _compiled(x.device)
-    return writer if writer is not None and x.dtype in writer.FORMS else None
+@cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def compiled_writer(*originals: Tensor) -> ModuleType | None:
+    """`kernels.cpu_write` or `triton_write`, the one that can encode blocks of all `originals`, or None: then the codecs do."""
+    device = originals[0].device
+    if COMPILED and WRITER != "codec" and (device.type == "cuda" or WRITER == "triton"):
+        return _triton_writer(originals)
+    writer = _compiled(device)
+    return writer if writer is not None and all([x.dtype in writer.FORMS for x in originals]) else None
+
+
+def _triton_writer(originals: tuple[Tensor, ...]) -> ModuleType | None:
+    """`kernels.triton_write` where it is installed, runs on the device and has room for such blocks."""
+    if not _triton_installed():
+        return None
+    from .kernels import triton_common, triton_write
+
+    runs = originals[0].device.type == "cuda" or triton_common.interpreted()
+    return triton_write if runs and all([triton_write.fits(x) for x in originals]) else None
 
 
 def _compiled(device: torch.device) -> ModuleType | None:
     """`kernels.cpu_write` where it is installed and the blocks lie where it can read them."""
-    if not COMPILED or device.type != "cpu" or not cpu.installed():
+    if not COMPILED or WRITER == "codec" or device.type != "cpu" or not cpu.installed():
         return None
     from .kernels import cpu_write
 
@@ -125,10 +147,10 @@ def write_compiled(tasks: list[tuple[Tensor, KeyCodec | ValueCodec, dict[str, Te
     Args: tasks: originals `[batch, kv_heads, blocks, block, channels]`, their codec, where the parts
         `[batch, kv_heads, places, ...]`, contiguous, are to lie, and the first place.
     """
-    writer = compiled_writer(tasks[0][0])
+    writer = compiled_writer(*[x for x, *_ in tasks])
     assert writer is not None
     for (x, codec, data, first), left in zip(tasks, writer.write_signed(tasks, PARTS), strict=True):
-        if not bool(left.any()):
+        if left is None or not bool(left.any()):
             continue
         rows, heads, blocks = torch.nonzero(left, as_tuple=True)
         encoded = codec.encode(x[left])
@@ -160,7 +182,7 @@ class BlockStore:
         self.truncate(self.blocks + keys.shape[2])
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
-        if compiled_writer(keys) is not None:
+        if compiled_writer(keys, values) is not None:
             given = ((keys, self.key_codec, self.keys), (values, self.value_codec, self.values))
             write_compiled([(x, codec, self._room(x, codec, buffers), self.blocks) for x, codec, buffers in given])
             return
@@ -186,8 +208,13 @@ class BlockStore:
         data = {}
         for name, (shape, dtype) in part_shapes(codec, block, channels).items():
             buffers[name].length = self.blocks
-            data[name] = buffers[name].reserve(x.new_empty((batch, heads, 0, *shape), dtype=dtype), count)
+            like = x.new_empty((batch, heads, 0, *shape), dtype=dtype, device=self._place(name, x.device))
+            data[name] = buffers[name].reserve(like, count)
         return data
+
+    def _place(self, name: str, device: torch.device) -> torch.device:
+        """Where a part lies, of blocks on `device`."""
+        return torch.device("cpu") if name == "plane" and self.refine == "host" else device
 
     def _signed(self, blocks: EncodedBlocks) -> dict[str, Tensor]:
         """The parts of encoded blocks where they are to lie, with their checksum."""
@@ -228,7 +255,7 @@ class BlockStore:
             return self._signed(codec.encode(x))
         data = {}
         for name, (shape, dtype) in part_shapes(codec, x.shape[1], x.shape[2]).items():
-            data[name] = torch.empty((1, 1, x.shape[0], *shape), dtype=dtype)
+            data[name] = torch.empty((1, 1, x.shape[0], *shape), dtype=dtype, device=self._place(name, x.device))
         write_compiled([(x[None, None], codec, data, 0)])
         return {name: part[0, 0] for name, part in data.items()}
 
@@ -290,90 +317,3 @@ def _moved(index: Index, device: torch.device) -> Index:
 def _entries(buffer: GrowingBuffer, index: Index) -> Tensor:
     """Single blocks of a buffer, where the buffer lies: `[n, ...]`."""
     return buffer.view[_moved(index, buffer.view.device)]
-
-
-class HotSlots:
-    """Originals of the blocks promoted last, kept on the device: a fixed number of slots per batch row and KV head.
-
-    A block in a slot is read at level 2 from the start. Correctness never depends on what is here.
-    """
-
-    def __init__(self, slots: int) -> None:
-        self.slots = slots
-        self.blocks: Tensor | None = None  # int64 [batch, kv_heads, slots], -1 where empty
-        self.used: Tensor | None = None  # int64, shaped as blocks: the step of the last use
-        self.keys: Tensor | None = None  # [batch, kv_heads, slots, block, channels]
-        self.values: Tensor | None = None
-
-    def insert(self, index: Index, keys: Tensor, values: Tensor, batch: int, heads: int, step: int) -> None:
-        """Put blocks `[n, block, channels]` into the slots used longest ago. `index`: batch row, KV head, block."""
-        if self.slots == 0 or len(index[0]) == 0:
-            return
-        if self.blocks is None:
-            with torch.inference_mode(False):
-                empty = torch.full((batch, heads, self.slots), -1, dtype=torch.int64, device=keys.device)
-                self.used = torch.full_like(empty, -1)
-                self.keys = keys.new_zeros(batch, heads, self.slots, *keys.shape[1:])
-                self.values = values.new_zeros(batch, heads, self.slots, *values.shape[1:])
-                self.blocks = empty  # last: without it there are no slots
-        assert self.used is not None and self.keys is not None and self.values is not None
-        for i, (row, head, block) in enumerate(zip(*(part.tolist() for part in index), strict=True)):
-            slot = int(self.used[row, head].argmin())
-            # Whatever fails here, a slot never names a block that it does not hold.
-            self.blocks[row, head, slot] = -1
-            self.keys[row, head, slot], self.values[row, head, slot] = keys[i], values[i]
-            self.used[row, head, slot] = step
-            self.blocks[row, head, slot] = block
-
-    def lookup(self, stop: int) -> tuple[Index, Tensor, Tensor] | None:
-        """Index (batch row, KV head, block), keys and values of every slot that holds a block below `stop`, or None."""
-        if self.blocks is None:
-            return None
-        filled = (self.blocks >= 0) & (self.blocks < stop)  # a damaged number may be anything
-        if not bool(filled.any()):
-            return None
-        assert self.keys is not None and self.values is not None
-        rows, heads, slots = torch.nonzero(filled, as_tuple=True)
-        return (
-            (rows, heads, self.blocks[rows, heads, slots]),
-            self.keys[rows, heads, slots],
-            self.values[rows, heads, slots],
-        )
-
-    def touch(self, index: Index, step: int) -> None:
-        """Note that blocks already here would have been promoted again."""
-        if self.blocks is None or self.used is None:
-            return
-        rows, heads, blocks = index
-        self.used[rows, heads] = torch.where(self.blocks[rows, heads] == blocks[:, None], step, self.used[rows, heads])
-
-    def clear(self) -> None:
-        """Empty all slots."""
-        if self.blocks is not None and self.used is not None:
-            self.blocks.fill_(-1)
-            self.used.fill_(-1)
-
-    def truncate(self, blocks: int) -> None:
-        """Empty the slots of blocks from `blocks` on. Cannot fail: without memory for that, all slots are given up."""
-        if self.blocks is None or self.used is None:
-            return
-        try:
-            gone = self.blocks >= blocks
-            self.blocks[gone], self.used[gone] = -1, -1
-        except (RuntimeError, MemoryError):
-            self.blocks = self.used = self.keys = self.values = None
-
-    def selected(self, index: Tensor) -> HotSlots:
-        """A copy with the batch rows in `index`."""
-        new = HotSlots(self.slots)
-        if self.blocks is not None and self.used is not None and self.keys is not None and self.values is not None:
-            index = index.to(self.blocks.device)
-            with torch.inference_mode(False):
-                new.blocks, new.used = self.blocks.index_select(0, index), self.used.index_select(0, index)
-                new.keys, new.values = self.keys.index_select(0, index), self.values.index_select(0, index)
-        return new
-
-    @property
-    def nbytes(self) -> int:
-        """Device bytes, as allocated."""
-        return sum(part.nbytes for part in (self.blocks, self.used, self.keys, self.values) if part is not None)

@@ -100,7 +100,7 @@ def copied(cache: Any, case: Case) -> tuple[Case, Tensor]:
     output = step(other, after)
     other.recorder.commit()
     cache.recorder.commit()
-    cache.recorder.records += other.recorder.records
+    cache.recorder.records.extend(other.recorder.records)
     return after, output
 
 
