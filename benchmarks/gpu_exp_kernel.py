@@ -10,7 +10,7 @@ from hf_certkv.kernels.triton_common import exp32, exp64, expm1_64
 
 
 @triton.jit
-def elementwise(x_at, out_at, count, WHICH: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+def elementwise(x_at, out_at, count, WHICH: tl.constexpr, BLOCK: tl.constexpr):
     """out = exp32, exp64 or expm1_64 of x, by WHICH."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_at + place, mask=place < count, other=0.0)

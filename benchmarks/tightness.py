@@ -121,7 +121,7 @@ def observed(found: list[dict[str, Tensor]]) -> Iterator[None]:
             found.append({name: part[kept] for name, part in parts.items()})
         return original(step)
 
-    decode_module.audit_step = audit_step
+    decode_module.audit_step = audit_step  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from .scrub import every_block, require_intact
 
 if TYPE_CHECKING:
     from .decode import DecodeStep
+    from .device_decode import DeviceDecode
 
 FLOAT64_ERROR = 2.0**-52
 
@@ -44,7 +45,7 @@ def exact_output(
     return torch.softmax(torch.cat([scores, logit], dim=-1), dim=-1)[..., :-1] @ values.double()
 
 
-def audit_step(step: DecodeStep) -> Tensor:
+def audit_step(step: DecodeStep | DeviceDecode) -> Tensor:
     """True errors of what is about to be returned: float64 `[batch, kv_heads, rows]`.
 
     Raises: CertificateViolation: an error is above its bound, with everything needed to reproduce it; BlocksRepairedError:

@@ -69,7 +69,9 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         if self.settings.kernel == "cpu" and not cpu.installed():
             raise MissingDependencyError("kernel='cpu' needs numba: `pip install 'hf_certkv[cpu]'`, or leave kernel='auto'.")
         if self.settings.kernel == "triton" and not device_decode.installed():
-            raise MissingDependencyError("kernel='triton' needs triton: `pip install 'hf_certkv[gpu]'`, or leave kernel='auto'.")
+            raise MissingDependencyError(
+                "kernel='triton' needs triton: `pip install 'hf_certkv[gpu]'`, or leave kernel='auto'."
+            )
         self.recorder = Recorder(full=self.settings.record == "full")
         self._begin_journal()
         self._warned: set[str] = set()

@@ -234,7 +234,7 @@ def plan(
     block_size: BlockSize = 64,
     value_group: ValueGroup = None,
     recent_window: RecentWindow = 64,
-    hot_blocks: Annotated[int, typer.Option(help="Promoted blocks a head that may stay on the device.")] = 0,
+    hot_blocks: Annotated[int | None, typer.Option(help="Promoted blocks a head that may stay on the device.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Say what each format takes on the device and on the host, from the model's config alone."""

@@ -21,7 +21,8 @@ Only = Annotated[
 ]
 SaveTo = Annotated[Path | None, typer.Option("--save-to", file_okay=False, help="A folder for the closest approaches found.")]
 KernelName = Annotated[
-    str, typer.Option("--kernel", help="What computes the calls: auto (what users get), reference, or cpu (only its sizes).")
+    str,
+    typer.Option("--kernel", help="What computes the calls: auto (what users get), reference, cpu or triton (only its sizes)."),
 ]
 Replay = Annotated[
     Path | None, typer.Option("--replay", dir_okay=False, help="Judge the case in this witness file, and nothing else.")
@@ -106,12 +107,15 @@ def show(card: Scorecard) -> None:
 
 
 def _replay(path: Path, device: str, kernel: str) -> Any:
-    from .verify.kernel import using
+    from .verify.kernel import require_interpreter, using
     from .verify.scorecard import usable_device
     from .verify.witness import replay
 
+    where = usable_device(device)
     with using(kernel):
-        verdict = replay(path, usable_device(device))
+        if kernel == "triton":
+            require_interpreter(where)
+        verdict = replay(path, where)
     out = console_for(stderr=False)
     for breach in verdict.breaches:
         out.print(Text(breach, style="bold red"))

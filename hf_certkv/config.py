@@ -76,7 +76,8 @@ class CertKVConfig:
         dense_layer_share: the whole layer is recomputed densely when more than this share of its heads is.
         record: `"summary"` keeps running summaries at constant memory; `"full"` keeps every step as well.
         audit: compare every certified output with float64 attention over the originals; raise when a bound is broken.
-        kernel: what computes a certified call. `"auto"`: the Triton kernels on CUDA (extra `gpu`), the fused CPU kernel on a CPU
+        kernel: what computes a certified call. `"auto"`: the Triton kernels on CUDA (extra `gpu`), the fused CPU kernel on a
+        CPU
             (extra `cpu`), where they are installed and the format suits them, else plain torch. `"reference"`: plain torch.
             `"cpu"`, `"triton"`: as auto, but numba or triton must be there.
         seed: of the exploration in the paper's policy.

@@ -1,7 +1,9 @@
 """One certified call on a GPU: a fixed sequence of Triton kernels, whose record is fetched when somebody asks for it.
 
-The host decides nothing and waits for nothing. So damage that a kernel finds in a page of originals cannot end in an error at once:
-the heads that needed the page come out as NaN, and the typed error is raised when a later step, or a report, looks at the record.
+The host decides nothing and waits for nothing. So damage that a kernel finds in a page of originals cannot end in an error at
+once:
+the heads that needed the page come out as NaN, and the typed error is raised when a later step, or a report,
+looks at the record.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     layer.hot.ready()
     # Kernels need no guard; what torch computes of a mask, or of an audit, does.
     guard = full_precision(layer.device.type) if call.mask is not None or layer.config.audit else nullcontext()
-    with guard:
+    with guard, torch.cuda.device(layer.device) if layer.device.type == "cuda" else nullcontext():
         step = DeviceDecode(layer, call)
         step.device.run()
         error = audit_step(step) if layer.config.audit else None
@@ -174,9 +176,10 @@ class DeviceRecord:
         """Raises: CorruptedPageError: a page did not have its checksum."""
         code, unit, block = (int(x) for x in self._parts()[4][:3])
         if code:
+            kind = ("keys", "values")[code >> 1 & 1]
             raise CorruptedPageError(
-                f"Layer {self.layer}, step {self.step}: the originals of block {block} ({('keys', 'values')[code >> 1 & 1]}, batch "
-                f"row {unit // self.shape[1]}, KV head {unit % self.shape[1]}) no longer match their checksum. Host memory was "
+                f"Layer {self.layer}, step {self.step}: the originals of block {block} ({kind}, batch row "
+                f"{unit // self.shape[1]}, KV head {unit % self.shape[1]}) no longer match their checksum. Host memory was "
                 "overwritten or is faulty; what needed this page came out as NaN. Rebuild the cache from the prompt."
             )
 

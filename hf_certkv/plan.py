@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from .cache import CertifiedQuantizedCache, storage_bytes
 from .config import CertKVConfig
 from .errors import InputError, UnsupportedModelError
+from .hot_slots import hot_budget, map_room
 from .kernels import cpu
 from .layers import CertifiedLayer
 from .report import MemoryReport
@@ -26,22 +27,35 @@ HALF, FLOAT, LONG = 2, 4, 8  # bytes of a float16, a float32 and a 64-bit number
 
 
 def plan_bytes(
-    config: PreTrainedConfig, context: int, batch: int, dtype: torch.dtype, settings: CertKVConfig
+    config: PreTrainedConfig,
+    context: int,
+    batch: int,
+    dtype: torch.dtype,
+    settings: CertKVConfig,
+    device: torch.device | str = "cpu",
 ) -> dict[str, int]:
     """Bytes by part, named as in `MemoryReport.parts`, of a cache that holds `context` tokens after one prefill.
 
     Args:
         config: the model's config; context: tokens of each row; batch: rows; dtype: of the keys and values;
         settings: of the cache. Hot slots are counted as if all were allocated, which happens at the first promotion.
+        device: where the cache is to lie: on CUDA there are hot slots unless `settings` has another number of them.
 
     Raises:
         InputError: `context` or `batch` is not a number of tokens or rows.
         UnsupportedModelError: the config does not say what a layer will hold.
     """
-    return plan_memory(config, context, batch, dtype, settings).parts
+    return plan_memory(config, context, batch, dtype, settings, device).parts
 
 
-def plan_memory(config: PreTrainedConfig, context: int, batch: int, dtype: torch.dtype, settings: CertKVConfig) -> MemoryReport:
+def plan_memory(
+    config: PreTrainedConfig,
+    context: int,
+    batch: int,
+    dtype: torch.dtype,
+    settings: CertKVConfig,
+    device: torch.device | str = "cpu",
+) -> MemoryReport:
     """As `plan_bytes`, together with what transformers' own cache takes for the same tokens."""
     if context < 1 or batch < 1 or context * batch > LARGEST:
         raise InputError(
@@ -56,7 +70,7 @@ def plan_memory(config: PreTrainedConfig, context: int, batch: int, dtype: torch
         heads, widths = layer_sizes(config, index)
         if isinstance(layer, CertifiedLayer):
             layer.dtype = dtype
-            sizes = _certified(layer, context, batch, heads, widths)
+            sizes = _certified(layer, context, batch, heads, widths, torch.device(device).type == "cuda")
             dense += batch * heads * context * sum(widths) * dtype.itemsize
             working = max(working, _working(layer, config, index, context, batch, heads, widths))
         else:
@@ -126,7 +140,9 @@ def _layers(config: PreTrainedConfig, settings: CertKVConfig) -> list[Any]:
         return CertifiedQuantizedCache(config, settings=settings).layers
 
 
-def _certified(layer: CertifiedLayer, context: int, batch: int, heads: int, widths: tuple[int, int]) -> dict[str, int]:
+def _certified(
+    layer: CertifiedLayer, context: int, batch: int, heads: int, widths: tuple[int, int], cuda: bool
+) -> dict[str, int]:
     """Bytes by part of one quantised layer. `layer` is empty and has its dtype set."""
     settings, block, item = layer.config, layer.block, layer.dtype.itemsize
     blocks, units = layer.finished_blocks(context), batch * heads
@@ -149,14 +165,20 @@ def _certified(layer: CertifiedLayer, context: int, batch: int, heads: int, widt
     pages = ShadowPages(layer.layer_idx, batch, heads, block, widths, layer.dtype, torch.device("cpu"))
     slabs = -(-blocks // pages.rows_per_slab)
     checksums = 2 * LONG * pages.rows_per_slab * units
-    hot = units * settings.hot_blocks * (2 * LONG + block * sum(widths) * item)
+    slots = settings.hot_blocks
+    if slots is None:
+        slots = hot_budget(context, block, widths, item) if cuda else 0
+    hot = units * slots * (2 * LONG + block * sum(widths) * item)
+    signed = cuda or settings.kernel == "triton"  # pages have checksums for kernels, too
+    if cuda and slots:
+        hot += units * 4 * map_room(blocks)
     return {
         "codes": units * blocks * block * (key_width + value_codes),
         "planes": units * blocks * block * planes if settings.refine == "device" else 0,
         "host_planes": units * blocks * block * planes if settings.refine == "host" else 0,
         "scales": units * blocks * scales,
         "numbers": units * blocks * numbers,
-        "checksums": units * blocks * 2 * LONG,
+        "checksums": units * blocks * 2 * LONG * (2 if signed else 1),
         "exact": (sink + tail) * token,
         "hot": hot,
         "host_originals": slabs * (pages.slab_bytes + checksums),

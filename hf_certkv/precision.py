@@ -48,7 +48,17 @@ def ambient_is_full(device_type: str, dtype: torch.dtype) -> bool:
     """Whether attention over tensors of `dtype`, called here and now, is computed from them as they are."""
     if torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) != dtype:
         return False
+    if dtype == torch.float16 and device_type == "cuda" and sums_in_half():
+        return False
     return dtype != torch.float32 or float32_is_full()
+
+
+def sums_in_half() -> bool:
+    """Whether the process lets float16 products be added up in float16 on CUDA: nothing can be proven of such sums."""
+    try:
+        return bool(torch.backends.cuda.matmul.allow_fp16_accumulation)
+    except AttributeError:  # torch before 2.7 cannot
+        return False
 
 
 class _Guard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import cache
 from types import ModuleType
 
@@ -28,12 +29,17 @@ class GrowingBuffer:
     Args:
         room: entries to allocate at least. After that it grows by 1/64 of itself or what is needed, so that the unused
             room stays under 2 %, and a decode step over quantised blocks allocates nothing but once a block.
+
+    Attributes: pinned: whether it lies in host memory that a GPU reads and writes by itself. Such allocations are rounded up
+    to a
+        power of two: so it grows to the next one.
     """
 
     def __init__(self, room: int = 0) -> None:
         self.data: Tensor | None = None
         self.length = 0
         self.room = room
+        self.pinned = False
 
     def reserve(self, like: Tensor, count: int) -> Tensor:
         """Make room for `count` more entries shaped as those of `like`; all of the data. The contents do not change."""
@@ -42,9 +48,13 @@ class GrowingBuffer:
             return self.data
         if self.data is not None:
             needed = max(needed, self.length + max(count, self.length // 64))
+        if self.pinned:
+            each = math.prod((*like.shape[:2], *like.shape[3:])) * like.dtype.itemsize
+            needed = (1 << (needed * each - 1).bit_length()) // each
+            self.settle()
         shape = (*like.shape[:2], needed, *like.shape[3:])
         with torch.inference_mode(False):  # written again later, perhaps outside of inference mode
-            grown = torch.empty(shape, dtype=like.dtype, device=like.device)
+            grown = torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=self.pinned)
         if self.data is not None:
             grown[:, :, : self.length] = self.data[:, :, : self.length]
         self.data = grown
@@ -60,6 +70,11 @@ class GrowingBuffer:
         place = self.reserve(entries, entries.shape[2])[:, :, self.length : self.length + entries.shape[2]]
         place.copy_(entries)
 
+    def settle(self) -> None:
+        """Have the GPU come to an end with what it writes here, or reads, before the host does either. Nothing elsewhere."""
+        if self.pinned and self.data is not None:
+            torch.cuda.synchronize()
+
     @property
     def view(self) -> Tensor:
         """The entries, without the room: `[batch, kv_heads, length, ...]`."""
@@ -69,9 +84,12 @@ class GrowingBuffer:
     def selected(self, index: Tensor) -> GrowingBuffer:
         """A copy with the batch rows in `index` (int64 `[n]`)."""
         new = GrowingBuffer(self.room)
+        new.pinned = self.pinned
         if self.data is not None:
+            self.settle()
             with torch.inference_mode(False):
                 new.data = self.data.index_select(0, index.to(self.data.device))
+                new.data = new.data.pin_memory() if self.pinned else new.data
             new.length = self.length
         return new
 
@@ -197,6 +215,7 @@ class BlockStore:
             for buffers, blocks in zip((self.keys, self.values), encoded, strict=True):
                 for name, part in self._signed(blocks).items():
                     buffer = buffers[name]
+                    buffer.pinned = keys.is_cuda and not part.is_cuda
                     if start == 0:
                         buffer.reserve(part, count)
                     buffer.length = self.blocks + start
@@ -208,7 +227,9 @@ class BlockStore:
         data = {}
         for name, (shape, dtype) in part_shapes(codec, block, channels).items():
             buffers[name].length = self.blocks
-            like = x.new_empty((batch, heads, 0, *shape), dtype=dtype, device=self._place(name, x.device))
+            place = self._place(name, x.device)
+            buffers[name].pinned = x.is_cuda and place.type == "cpu"
+            like = x.new_empty((batch, heads, 0, *shape), dtype=dtype, device=place)
             data[name] = buffers[name].reserve(like, count)
         return data
 
@@ -246,6 +267,7 @@ class BlockStore:
             made = [self._encoded(x, codec) for x, codec, _ in given]
         for (_, _, buffers), parts in zip(given, made, strict=True):
             for name, part in parts.items():
+                buffers[name].settle()
                 view = buffers[name].view
                 view[_moved(index, view.device)] = part
 
@@ -316,4 +338,5 @@ def _moved(index: Index, device: torch.device) -> Index:
 
 def _entries(buffer: GrowingBuffer, index: Index) -> Tensor:
     """Single blocks of a buffer, where the buffer lies: `[n, ...]`."""
+    buffer.settle()
     return buffer.view[_moved(index, buffer.view.device)]

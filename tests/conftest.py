@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import where  # noqa: F401  # isort: skip  # before anything imports triton
+import where as _where  # noqa: F401  # isort: skip  # before anything imports triton
 from functools import cache
 from typing import Any
 

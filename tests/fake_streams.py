@@ -1,6 +1,6 @@
 """Streams and events without a GPU: copies queued on a side stream are done late, as late as what waits for them allows.
 
-Only non-blocking copies are late. What the current stream computes is done at once, so a missing wait reads what is not there yet.
+Only non-blocking copies are late. What the current stream computes is done at once: a missing wait reads what is not there yet.
 """
 
 from __future__ import annotations

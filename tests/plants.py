@@ -9,7 +9,8 @@ from plants_cpu import CPU
 from plants_kernel import KERNEL
 from plants_ladder import LADDER
 from plants_state import STATE
+from plants_triton import TRITON
 
-PLANTS: dict[str, Plant] = {plant.name: plant for plant in (*BOUND, *CODEC, *LADDER, *KERNEL, *STATE, *CPU)}
+PLANTS: dict[str, Plant] = {plant.name: plant for plant in (*BOUND, *CODEC, *LADDER, *KERNEL, *STATE, *CPU, *TRITON)}
 
 __all__ = ["PLANTS", "Plant"]

@@ -32,8 +32,8 @@ Detect = Callable[[], list[str]]
 class Plant:
     """A bug, and the check that finds it.
 
-    Attributes: name; where: `"bound"`, `"codec"`, `"ladder"`, `"kernel"`, `"state"` or `"cpu"`; text: the bug in words.
-        apply: plants it; detect: breaches in words, none where nothing is planted.
+    Attributes: name; where: `"bound"`, `"codec"`, `"ladder"`, `"kernel"`, `"state"`, `"cpu"` or `"triton"`; text: the bug in
+        words; apply: plants it; detect: breaches in words, none where nothing is planted.
     """
 
     name: str

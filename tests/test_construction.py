@@ -76,7 +76,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "refine": ["gpu", None, True],
     "sink_blocks": [-1, 0.5, None, True],
     "recent_window": [-1, 0.5, None, "64"],
-    "hot_blocks": [-1, 1.5, None],
+    "hot_blocks": [-1, 1.5],
     "exact_below": [-1, 1.5, None],
     "certify_queries": [0, -1, 1.5, None],
     "max_rounds": [0, -1, 1.5, None],

@@ -14,8 +14,11 @@ from plants_cpu import CPU
 from plants_kernel import KERNEL
 from plants_ladder import LADDER
 from plants_state import STATE
+from plants_triton import TRITON
 
 LISTS = {"bound": BOUND, "codec": CODEC, "kernel": KERNEL, "ladder": LADDER, "state": STATE, "cpu": CPU}
+if TRITON:  # where there is no triton, or it is not interpreted, there are none
+    LISTS["triton"] = TRITON
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -1,7 +1,6 @@
 """The Triton writer against the codecs: the same codes bit for bit, and numbers that bound what the bytes stand for.
 
-In Triton's interpreter where there is no GPU. The float64 oracle is `numpy` on what the stored bytes stand for, the exact one
-that of `test_cpu_write`: rationals.
+In Triton's interpreter where there is no GPU: a small block takes a tenth of a second there, so there are few.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
+import quick_interpreter
 import torch
 from test_codecs import (
     DTYPES,
@@ -44,6 +44,7 @@ pytestmark = [
     pytest.mark.skipif(where.DEVICE == "cpu" and not triton_common.interpreted(), reason="no GPU, and not interpreted"),
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning"),
 ]
+quick_interpreter.install()
 Codec = KeyCodec | ValueCodec
 CODECS: list[Codec] = [KeyCodec(True), KeyCodec(False)]
 CODECS += [ValueCodec(4, group, refine) for group, refine in ((0, True), (7, True), (16, False), (32, True))]
@@ -103,49 +104,49 @@ def stacked(kinds: list[str], dtype: torch.dtype, tokens: int, channels: int, se
     return on_device(torch.stack([block_of(kind, dtype, tokens, channels, seed) for kind in kinds])[:, None, None])
 
 
+@pytest.mark.parametrize("turn", range(3))
 @pytest.mark.parametrize("codec", CODECS, ids=repr)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_blocks(codec: Codec, dtype: torch.dtype) -> None:
-    for tokens, channels in [(16, 20), (32, 33), (32, 16), (16, 5)]:
-        check(stacked(KINDS, dtype, tokens, channels), codec)
+def test_the_same_blocks(codec: Codec, turn: int) -> None:
+    shape = [(16, 20), (32, 33), (32, 16), (16, 5)][(turn + CODECS.index(codec)) % 4]
+    check(stacked(KINDS[turn::3], DTYPES[(turn + CODECS.index(codec)) % 3], *shape), codec)
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 80), (128, 128), (128, 256), (16, 300)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_keys_of_every_kind_and_dtype(kind: str) -> None:
+    for dtype in DTYPES:
+        check(stacked([kind], dtype, 16, 24, seed=1), KeyCodec(True))
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (64, 80), (128, 128), (16, 260)], ids=str)
 def test_the_same_large_blocks(shape: tuple[int, int]) -> None:
-    x = stacked(["normal", "outlier"], torch.bfloat16, *shape)
     for codec in (KeyCodec(True), ValueCodec(4, 32, True)):
-        check(x, codec)
+        check(stacked(["normal"], torch.bfloat16, *shape), codec)
 
 
-@pytest.mark.parametrize("group", [1, 3, 24, 40, 63, 64, 100])
-def test_any_group_of_values(group: int) -> None:
-    for channels in (40, 64, 65):
-        check(stacked(["normal", "huge"], torch.float32, 16, channels), ValueCodec(4, group, True))
+@pytest.mark.parametrize(("group", "channels"), [(1, 20), (3, 40), (24, 40), (40, 65), (48, 64), (63, 64), (64, 65), (100, 65)])
+def test_any_group_of_values(group: int, channels: int) -> None:
+    check(stacked(["normal"], torch.float32, 16, channels), ValueCodec(4, group, True))
+    check(stacked(["outlier"], torch.float32, 32, 16), ValueCodec(4, group, True))
 
 
-@pytest.mark.parametrize("what", [torch.nan, -torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_not_finite_ends_in_numbers_that_are_not(what: float, dtype: torch.dtype) -> None:
-    for codec in (KeyCodec(True), ValueCodec(4, 16, True), ValueCodec(8, 0, False)):
-        for tokens, channels in ((16, 20), (32, 20)):
-            x = torch.randn(1, 2, 2, tokens, channels).to(dtype)
-            x[0, 1, 1, 5, 19] = x[0, 0, 1, 0, 0] = what
-            x[0, 1, 0] = what
-            check(on_device(x), codec)
-            numbers = written(on_device(x), codec)["numbers"]
-            assert bool(torch.isfinite(numbers[0, 0, 0]).all())
-            assert not bool(torch.isfinite(numbers[[0, 0, 0], [0, 1, 1], [1, 0, 1]]).any())
+@pytest.mark.parametrize("what", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_ends_in_numbers_that_are_not(what: float) -> None:
+    for codec, dtype in zip((KeyCodec(True), ValueCodec(4, 16, True), ValueCodec(8, 0, False)), DTYPES, strict=True):
+        x = torch.randn(3, 1, 1, 16, 20).to(dtype)
+        x[0, 0, 0, 5, 19] = x[1, 0, 0, 0, 0] = what
+        x[2] = -what
+        check(on_device(x), codec)
+        assert not bool(torch.isfinite(codec.encode(x).numbers).all(dim=-1).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_16_bit_number(dtype: torch.dtype) -> None:
-    """As one constant channel each, and many to a block."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[torch.isfinite(every)]
-    every = torch.cat([every, every[: -len(every) % 8192]])
-    for x in (every.view(1, 1, -1, 64, 128), every.view(1, 1, -1, 1, 512).expand(-1, -1, -1, 16, -1)):
-        for codec in (KeyCodec(True), ValueCodec(8, 32, False)):
-            check(on_device(x), codec)
+def test_16_bit_numbers_of_every_size(dtype: torch.dtype) -> None:
+    """Side by side, and as a constant channel each."""
+    every = torch.arange(-(2**15), 2**15, 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every)][:4096]
+    codec = KeyCodec(True) if dtype == torch.bfloat16 else ValueCodec(8, 32, False)
+    check(on_device(every.view(1, 1, -1, 32, 128)), codec)
+    check(on_device(every[::32].view(1, 1, 1, 1, -1).expand(-1, -1, -1, 16, -1)), codec)
 
 
 @triton.jit
@@ -170,25 +171,25 @@ def test_rounding_to_half() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_numbers_bound_what_the_bytes_stand_for(kind: str, dtype: torch.dtype) -> None:
     """In rationals, without slack, by the formats' own definition."""
-    formats: list[Codec] = [KeyCodec(True), ValueCodec(4, 0, True), ValueCodec(4, 3, True), ValueCodec(8, 4, False)]
-    for seed, codec in enumerate(formats):
-        for tokens, channels in ((16, 10), (16, 21)):
-            x = block_of(kind, dtype, tokens, channels, seed)
-            parts = {name: part[0, 0, 0] for name, part in written(on_device(x)[None, None, None], codec).items()}
-            parts.pop("checksum")
-            check_numbers(x, codec, EncodedBlocks(**{"plane": None, **parts}))
+    turn = DTYPES.index(dtype) + KINDS.index(kind)
+    values = [ValueCodec(4, 0, True), ValueCodec(4, 3, True), ValueCodec(8, 4, False)][turn % 3]
+    for seed, codec in enumerate((KeyCodec(True), values)):
+        x = block_of(kind, dtype, 16, (10, 21)[turn % 2], seed)
+        parts = {name: part[0, 0, 0] for name, part in written(on_device(x)[None, None, None], codec).items()}
+        parts.pop("checksum")
+        check_numbers(x, codec, EncodedBlocks(**{"plane": None, **parts}))
 
 
 def check_numbers(x: Tensor, codec: Codec, made: EncodedBlocks) -> None:
     """What is stored of one block against rationals. A number that is not finite bounds everything."""
-    keyed, numbers = isinstance(codec, KeyCodec), made.numbers.double().nan_to_num(torch.inf).tolist()
+    keyed, numbers = isinstance(codec, KeyCodec), made.numbers.double().nan_to_num(torch.inf, torch.inf).tolist()
     original, scale = exact_rows(x), exact_rows(made.scale if made.scale.dim() == 2 else made.scale[None])
     radius = max(squares(row) for row in original)
     for level in range(codec.levels):
         exact = decoded_exactly(codec, made, level, x.shape[1])
         errors = [[a - b for a, b in zip(got, true, strict=True)] for got, true in zip(exact, original, strict=True)]
         radius = max(radius, *(squares(row) for row in exact))
-        if not keyed and level == 0:
+        if not keyed and level == 0 and numbers[-1] < torch.inf:
             check_lengths(made, exact)
         if keyed:
             shares = [[e / s if s > 0 else Fraction(e != 0) * 10**99 for e, s in zip(r, scale[0], strict=True)] for r in errors]
@@ -201,16 +202,17 @@ def check_numbers(x: Tensor, codec: Codec, made: EncodedBlocks) -> None:
     assert above(numbers[-1], radius)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_numbers_of_large_blocks_bound_them_in_float64(seed: int) -> None:
-    """By singular values, without slack: those of the codec's own formula leave more than float64 loses."""
-    for codec in (KeyCodec(True), ValueCodec(4, 32, True), ValueCodec(4, 48, True), ValueCodec(8, 0, False)):
-        for tokens, channels in ((64, 128), (128, 64), (64, 80)):
-            x = stacked(["normal", "outlier", "rank one", "offset"], torch.float16, tokens, channels, seed)
-            parts = written(x, codec)
-            for i in range(len(x)):
-                one = {name: part[i] for name, part in parts.items()}
-                check_floats(x[i].cpu().double(), codec, one)
+LARGE: list[tuple[Codec, int, int]] = [(KeyCodec(True), 64, 128), (KeyCodec(True), 64, 32)]
+LARGE += [(ValueCodec(4, 48, True), 64, 80), (ValueCodec(8, 0, True), 32, 64)]
+
+
+@pytest.mark.parametrize(("codec", "tokens", "channels"), LARGE, ids=str)
+def test_numbers_of_large_blocks_bound_them_in_float64(codec: Codec, tokens: int, channels: int) -> None:
+    """By singular values, without slack: what the bounds leave is more than float64 loses."""
+    x = stacked(["normal", "rank one"], torch.float16, tokens, channels)
+    parts = written(x, codec)
+    for i in range(len(x)):
+        check_floats(x[i].cpu().double(), codec, {name: part[i] for name, part in parts.items()})
 
 
 def check_floats(x: Tensor, codec: Codec, one: dict[str, Tensor]) -> None:
@@ -266,7 +268,7 @@ def test_spectral_numbers_bound_the_norm() -> None:
     for tokens, channels in ((64, 128), (128, 64), (16, 33), (32, 5), (6, 9)):
         for rank in (1, 2, min(tokens, channels)):
             left, right = torch.randn(tokens, rank, generator=generator), torch.randn(rank, channels, generator=generator)
-            for factor in (1.0, 1e-25, 1e25, 1e-33):
+            for factor in (1.0, 1e-25, 1e25, 1e-33)[: 4 if rank == 2 else 1]:
                 x = ((left @ right) * factor).float()
                 norm = codecs.round_up(torch.linalg.vector_norm(x.double(), dim=-1)).amax()
                 sizes = [max(16, triton_common.power_of_two(n)) for n in (tokens, channels, min(tokens, channels))]
@@ -293,11 +295,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_originals_may_lie_in_any_way(layout: str) -> None:
-    x = LAYOUTS[layout](on_device(torch.randn(2, 2, 3, 32, 24)))
-    for codec in (KeyCodec(True), ValueCodec(4, 8, True)):
-        check(x, codec)
+    x = LAYOUTS[layout](on_device(torch.randn(2, 1, 2, 32, 24)))
+    check(x, KeyCodec(False))
+    check(x[:1], ValueCodec(4, 8, False))
     if layout != "backwards":  # there are no complex numbers of bfloat16
-        check(LAYOUTS[layout](on_device(torch.randn(1, 2, 3, 32, 24).bfloat16())), KeyCodec(False))
+        check(LAYOUTS[layout](on_device(torch.randn(1, 2, 2, 32, 24).bfloat16())), KeyCodec(False))
 
 
 def test_what_fits() -> None:
@@ -315,8 +317,8 @@ def test_nothing_at_all() -> None:
 def test_checksums_are_those_of_the_other_way(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_write, "SIGNED_AT_ONCE", at_once)
     for codec in CODECS:
-        parts = written(on_device(torch.randn(2, 2, 3, 16, 20)), codec)
-        given = [parts.get(name) for name in PARTS]
+        parts = codec.encode(torch.randn(2, 2, 3, 16, 20))
+        given = [getattr(parts, name) for name in PARTS]
         sums = torch.zeros(2, 2, 6, dtype=torch.int64)[:, :, 1:4]
         triton_write.sign(given, sums)
         assert torch.equal(sums, block_checksum(given, 3, sums.device))
@@ -334,12 +336,11 @@ def stores(x: list[Tensor], refine: str, monkeypatch: pytest.MonkeyPatch) -> lis
     return made
 
 
-@pytest.mark.parametrize("refine", ["device", "host", "off"])
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize(("refine", "staged"), [("device", False), ("host", False), ("host", True), ("off", False)])
 def test_stores_hold_the_same(refine: str, staged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = [on_device(torch.randn(2, 2, count, 16, 40)) for count in (3, 1, 1, 5)]
-    x[1][0, 1, 0, 3, 4] = torch.nan
-    x[3][1, 0, 4] = -1e9
+    x = [on_device(torch.randn(1, 1, count, 16, 40)) for count in (1, 2)]
+    x[1][0, 0, 0, 3, 4] = torch.nan
+    x[1][0, 0, 1] = -1e9
     with monkeypatch.context() as patch:
         if staged:  # as if planes lay elsewhere
             patch.setattr(triton_write, "_elsewhere", lambda plane, x: True)
@@ -358,11 +359,11 @@ def test_stores_hold_the_same(refine: str, staged: bool, monkeypatch: pytest.Mon
                 assert torch.allclose(got.nan_to_num(0, 0), expected.nan_to_num(0, 0), rtol=1e-3, atol=0)
             else:
                 assert torch.equal(bits(got.cpu()), bits(expected.cpu())), name
-    index = tuple(torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(10)).to(where.DEVICE).unbind(1))
+    index = tuple(torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(3)).to(where.DEVICE).unbind(1))
     assert not bool(fast.damaged(index).any())
     whole = torch.cat(x, dim=2)
     before = [part["checksum"].view.clone() for part in (fast.keys, fast.values)]
-    fast.keys["codes"].view[1, 1, 4, 2, 3] ^= 1
+    fast.keys["codes"].view[0, 0, 2, 2, 3] ^= 1
     assert int(fast.damaged(index).sum()) == 1
     monkeypatch.setattr(store, "WRITER", "triton")
     fast.rewrite(index, whole[index], whole[index])
@@ -374,11 +375,11 @@ def test_stores_hold_the_same(refine: str, staged: bool, monkeypatch: pytest.Mon
 def test_under_any_mode(mode: Callable[[], torch.no_grad], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "WRITER", "triton")
     with mode():
-        x = on_device(torch.randn(1, 2, 3, 16, 24)).requires_grad_(mode is torch.enable_grad)
+        x = on_device(torch.randn(1, 1, 1, 16, 24)).requires_grad_(mode is torch.enable_grad)
         made = BlockStore(KeyCodec(True), ValueCodec(4, 32, True), "device")
         made.append(x, x)
     made.append(x.detach().clone(), x.detach().clone())
-    assert not bool(made.damaged(tuple(torch.tensor([i], device=x.device) for i in (0, 1, 4))).any())
+    assert not bool(made.damaged(tuple(torch.tensor([i], device=x.device) for i in (0, 0, 1))).any())
 
 
 def test_which_writer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,8 +393,7 @@ def test_which_writer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "WRITER", "codec")
     assert store.compiled_writer(x) is None
     monkeypatch.setattr(store, "WRITER", "auto")
-    cuda = torch.empty(1, 1, 1, 16, 16, device="meta")
-    assert store.compiled_writer(cuda) is None
+    assert store.compiled_writer(torch.empty(1, 1, 1, 16, 16, device="meta")) is None
 
 
 COMPILE = """
@@ -402,11 +402,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hf_certkv.codecs import KeyCodec, ValueCodec
 from hf_certkv.kernels import triton_write
-POINTERS = {"x": "*i16", "codes": "*u8", "plane": "*u8", "scale": "*fp16", "offset": "*fp16", "numbers": "*fp32", "lengths": "*i16"}
+POINTERS = {"x": "*i16", "codes": "*u8", "plane": "*u8", "scale": "*fp16", "offset": "*fp16", "lengths": "*i16"}
 names = triton_write._write.arg_names
 for codec, target in ((KeyCodec(True), 80), (ValueCodec(4, 32, True), 90)):
     fixed = triton_write.layout(codec, 16, 32)
-    signature = {name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in fixed else {**POINTERS, "numbers": "*fp32"}.get(name, "i32") for name in names}
     constants = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(fn=triton_write._write, signature=signature, constexprs=constants)
     options = {"num_warps": triton_write.warps(16), "enable_fp_fusion": False}
@@ -416,7 +416,7 @@ for codec, target in ((KeyCodec(True), 80), (ValueCodec(4, 32, True), 90)):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles there")
 def test_it_compiles_without_a_gpu() -> None:
-    """And what makes codes and bounds is rounded as it is written: no contraction, no flushing, no short product, no quick root."""
+    """And all is rounded as it is written: no contraction, no flushing to zero, no short product, no quick root."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

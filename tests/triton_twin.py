@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import cpu_twin
+import quick_interpreter
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from hf_certkv.inputs import StepInputs
 from hf_certkv.kernels import reference, triton_certify
 from hf_certkv.kernels.triton_step import DeviceStep
 from hf_certkv.verify.cases import Case, fill, new_cache
+
+quick_interpreter.install()
 
 
 def inputs_of(case: Case) -> StepInputs:
@@ -114,14 +117,14 @@ def by_bounds(device: DeviceStep) -> tuple[bounds.Certificate, Tensor]:
     total, square, cube, fourth = (sums[..., :-1, i] for i in cpu_twin.POWERS)
     over, over_square = total.clamp_min(TINY), square.clamp_min(TINY)
     channels = layer.widths[0]
-    largest = step.query.double().abs().amax(-1, keepdim=True)
-    unit = largest.where(largest > 0, 1.0)
-    up, root, hidden = (1 + (channels + 8) * 2.0**-23) * unit, channels**0.5, 2 * TINY * 65504.0 * (1 + largest)
-    l1 = (made["l1"] + channels * TINY) * up + channels * hidden
+    up, root, lean = 1 + (channels + 8) * 2.0**-23, channels**0.5, abs(call.scaling)
+    lost = step.query_norm.unsqueeze(-1) if lean < TINY else 0.0
+    hidden = 2 * TINY * 65504.0 * (2 + lean + lost)
+    l1 = made["l1"] * up + channels * hidden
     l2 = (made["l2"].sqrt() + root * 2.0**-60) * up + root * hidden
     kappa, epsilon, spectral = (numbers_at(step.key_numbers, key_level, i) for i in (KAPPA, EPSILON, KEY_SPECTRAL))
-    shift = bounds.score_shift(call.scaling, kappa, l1, epsilon, l2)
-    shift_l2 = bounds.score_shift_l2(call.scaling, spectral, l2)
+    shift = bounds.score_shift(1.0, kappa, l1, epsilon, l2)
+    shift_l2 = bounds.score_shift_l2(1.0, spectral, l2)
     size = output.double().square().sum(-1, keepdim=True)
     slips, mass = slips_of(device, made), factor * sums[..., 4]
     inner = torch.einsum("bhnrw,bhrw->bhrn", made["output"][:, :, :-1], output.double()) - 1.01 * size.sqrt() * slips
@@ -181,9 +184,9 @@ def discrepancies(device: DeviceStep) -> list[str]:
     keep = torch.cat([raised.expand(*step.shape[:3], -1), torch.zeros(*step.shape[:3], 1, dtype=torch.bool)], -1)
     found += ["an output of a segment is wrong"] if bool((away & ~keep.transpose(2, 3).unsqueeze(-1)).any()) else []
     scale = step.encoded[0].scale.double().abs()
-    largest = step.query.double().abs().amax(-1, keepdim=True)
-    l1 = (made["l1"] + step.layer.widths[0] * TINY) * (1 + (step.layer.widths[0] + 8) * 2.0**-23) * largest
-    small = (l1 < step.query.double().abs() @ scale.mT * (1 - 1e-12)) & (key_level < 2).unsqueeze(2)
+    l1 = made["l1"] * (1 + (step.layer.widths[0] + 8) * 2.0**-23) + step.layer.widths[0] * TINY * 2**18
+    exact = (step.query.double().abs() @ scale.mT) * abs(step.call.scaling)
+    small = (l1 < exact * (1 - 1e-12)) & (key_level < 2).unsqueeze(2)
     found += ["the query's weights are too small"] if bool(small.any()) else []
     certificate, middle = by_bounds(device)
     shown = middle.to(step.layer.dtype)

@@ -1,4 +1,4 @@
-"""Single blocks on a GPU, at any level: codes, refinement planes, originals wherever they lie, compared with their checksums."""
+"""Single blocks on a GPU, at any level: codes, refinement planes, originals wherever they lie, compared with checksums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def read_page(
 ):  # fmt: skip
     """A page of originals, wherever it lies, as float32 `[TOKENS, WIDE]`: NaN, and `trouble`, where its checksum is another.
 
-    Args: code: what `trouble` then says, 1 for keys and 3 for values, then unit and block; sums: where the page's checksum is; multipliers: int64 `[TOKENS * COUNT]`; like: a pointer to the page's type.
+    Args: code: what `trouble` then says, 1 for keys and 3 for values, then unit and block; sums: where the page's checksum is;
+    multipliers: int64 `[TOKENS * COUNT]`; like: a pointer to the page's type.
     """
     token, channel = tl.arange(0, TOKENS)[:, None], tl.arange(0, WIDE)[None, :]
     inside = tl.broadcast_to(channel < COUNT, (TOKENS, WIDE))
@@ -67,7 +68,8 @@ def load_keys(
 
 @triton.jit
 def load_values(
-    codes, plane, scale, offset, slabs, rows_per_slab, units, value_offset, sums, multipliers, trouble, like, level, unit, block,
+    codes, plane, scale, offset, slabs, rows_per_slab, units, value_offset, sums, multipliers, trouble, like, level, unit,
+    block,
     blocks, room, plane_room, WIDTH: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, PLANE: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip

@@ -1,7 +1,9 @@
 """The certificate on a GPU: `reference.combine` and `bounds.total` by chunks of segments, in float64.
 
-Three stages, each a function of one unit and a kernel over all: `mix` (a chunk's outputs by their weights), `merge` (a row: output,
-norm, rounding, value error), `bound` (a chunk: key errors). What is left, adding up the chunks, is `total_of` in triton_climb.py.
+Three stages, each a function of one unit and a kernel over all: `mix` (a chunk's outputs by their weights), `merge` (a row:
+output,
+norm, rounding, value error), `bound` (a chunk: key errors). What is left, adding up the chunks, is `total_of` in
+triton_climb.py.
 Every line has its inequality in `hf_certkv/bounds.py`; float64 sums are in any order, which `OUTWARD` covers.
 """
 
@@ -26,7 +28,8 @@ SETTINGS: Any = tl.constexpr(7)
 SCALING, SOFTCAP_AT, PER_STEP, RELATIVE, ABSOLUTE, RTOL, ATOL = (tl.constexpr(i) for i in range(7))
 # Of a row and block, float64: masses, shifts, key parts (before the division by the least normaliser), value parts, mean steps.
 FIGURES: Any = tl.constexpr(5)
-# Of a row and chunk, float64: key parts, masses that the worst shifts leave, those that count as approximate, the largest shift,
+# Of a row and chunk, float64: key parts, masses that the worst shifts leave, those that count as approximate, the largest
+# shift,
 # masses of blocks with exact keys.
 PARTIALS: Any = tl.constexpr(5)
 
@@ -113,7 +116,8 @@ def slack_of(
 @triton.jit
 def merge(
     query, maximum, sums, errors, slips, key_numbers, value_numbers, key_level, value_level, exact_norms, tops, mixed, sink,
-    middle, result, facts, figures, unit_norms, settings, bias_size, unit, row, blocks, segments, chunks, key_room, value_room, tokens,
+    middle, result, facts, figures, unit_norms, settings, bias_size, unit, row, blocks, segments, chunks, key_room,
+    value_room, tokens,
     chain, SOFTCAP: tl.constexpr, SUNK: tl.constexpr, USED: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
     WIDTH: tl.constexpr, WIDE_VALUES: tl.constexpr, KEY_COUNT: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr,
     FEW: tl.constexpr,
@@ -121,7 +125,8 @@ def merge(
     """A row's output, its norm, lambda and E_fp, and the value errors of its blocks; to `middle`, `result`, `facts`, `figures`.
 
     Args: middle: float32 `[U, USED, WIDTH]`, the output before it is rounded to the model's type, which `result` has.
-        figures: float64 `[FIGURES, U, USED, blocks]`; unit_norms: float64 `[2, U]`, the largest norms of keys and values; sink: float32 `[U, USED]`; settings: see SETTINGS; bias_size: float64, one
+        figures: float64 `[FIGURES, U, USED, blocks]`; unit_norms: float64 `[2, U]`, the largest norms of keys and values;
+        sink: float32 `[U, USED]`; settings: see SETTINGS; bias_size: float64, one
         number; TILE, FEW: blocks and chunks at a time.
     """
     scaling, softcap, per_step = tl.load(settings + SCALING), tl.load(settings + SOFTCAP_AT), tl.load(settings + PER_STEP)
@@ -281,9 +286,9 @@ def radii_of(
 
 @triton.jit
 def bound(
-    query, maximum, sums, output, l1, l2, slips, squares, key_numbers, value_numbers, key_level, value_level, middle, facts,
+    maximum, sums, output, l1, l2, slips, squares, key_numbers, value_numbers, key_level, value_level, middle, facts,
     figures, partials, settings, unit, chunk, blocks, segments, chunks, key_room, value_room,
-    USED: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, WIDE_VALUES: tl.constexpr,
+    USED: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, WIDE_VALUES: tl.constexpr,
     TOKENS: tl.constexpr, KEY_COUNT: tl.constexpr, COUNT: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`key_error` of a chunk's blocks, before the division by the least normaliser: to `figures` and `partials`.
@@ -291,7 +296,7 @@ def bound(
     Args: partials: float64 `[U, USED, chunks, PARTIALS]`.
     """
     scaling, per_step = tl.load(settings + SCALING), tl.load(settings + PER_STEP)
-    block, channel, wide = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, WIDE_VALUES), tl.arange(0, WIDE)
+    block, channel = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, WIDE_VALUES)
     there, inside = block < blocks, channel < WIDTH
     here = unit.to(tl.int64) * blocks + block
     levels = tl.load(key_level + here, mask=there, other=0)
@@ -301,9 +306,9 @@ def bound(
     kappa = tl.load(keys + _KAPPA, mask=there, other=0.0).to(tl.float64)
     epsilon = tl.load(keys + _EPSILON, mask=there, other=0.0).to(tl.float64)
     sigma = tl.load(keys + _KEY_SPECTRAL, mask=there, other=0.0).to(tl.float64)
-    eta = tl.load(
-        values + tl.where(value_levels == 1, _PER_LEVEL, 0) + _ETA, mask=there & (value_levels < 2), other=0.0
-    ).to(tl.float64)
+    eta = tl.load(values + tl.where(value_levels == 1, _PER_LEVEL, 0) + _ETA, mask=there & (value_levels < 2), other=0.0).to(
+        tl.float64
+    )
     radius = tl.load(values + COUNT - 1, mask=there, other=0.0).to(tl.float64)
     slip_of = tl.load(slips + here, mask=there, other=0.0).to(tl.float64)
     lengths = tl.load(squares + here, mask=there, other=0.0).to(tl.float64)
@@ -320,19 +325,17 @@ def bound(
         from_ = output + ((unit.to(tl.int64) * segments + block)[:, None] * USED + row) * WIDTH + channel[None, :]
         parts = tl.load(from_, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float64)
         inner = tl.sum(parts * made[None, :], axis=1)
-        raw = tl.load(query + place * CHANNELS + wide, mask=wide < CHANNELS, other=0.0).to(tl.float32)
-        top = tl.max(tl.abs(raw), axis=0).to(tl.float64)
-        # `score_weights`: products of sizes, at most 1, and steps lose at most 2^-126 to underflow, as do their squares; a
-        # channel of the query that is subnormal may be flushed.
-        unit_top = tl.where(top > 0, top, 1.0)
-        up = (1 + (CHANNELS + 8) * 2.0**-23) * unit_top
-        hidden = 2 * TINY * LARGEST_SCALE * (1 + top)
+        # sum |q_c| S_c and ||q * S||_2 times the softmax scale, from what the pass made of the scaled query. Products, and
+        # their
+        # squares, lose at most 2^-126 to underflow; so does a channel of the query, scaled and before, and the scale itself.
+        lean = tl.abs(scaling)
+        up: tl.constexpr = 1.0 + (CHANNELS + 8) * 2.0**-23
+        hidden = 2 * TINY * LARGEST_SCALE * (2 + lean + tl.where(lean < TINY, tl.load(fact + QUERY_NORM), 0.0))
         sum_l1 = tl.load(l1 + place * blocks + block, mask=there, other=0.0).to(tl.float64)
         sum_l2 = tl.load(l2 + place * blocks + block, mask=there, other=0.0).to(tl.float64)
-        query_l1 = (sum_l1 + CHANNELS * TINY) * up + CHANNELS * hidden
+        query_l1 = sum_l1 * up + CHANNELS * hidden
         query_l2 = (tl.sqrt(sum_l2) + CHANNELS**0.5 * 2.0**-60) * up + CHANNELS**0.5 * hidden
-        lean = tl.abs(scaling)
-        shift = most(lean * least(kappa * query_l1, epsilon * query_l2) * OUTWARD, 0.0)
+        shift = most(least(kappa * query_l1, epsilon * query_l2) * OUTWARD, 0.0)
         found = tl.load(maximum + place * segments + block, mask=there, other=-INFINITY).to(tl.float64)
         weight = factor_of(found, tl.load(fact + TOP)) / tl.load(fact + NORMALISER)
         sum_at = sums + (place * segments + block) * 8
@@ -355,7 +358,7 @@ def bound(
         rise = growth * OUTWARD
         slope = most(tl.where(shift > 0, rise / most(shift, 1e-300), 1.0) * OUTWARD, 1 + shift / 2)
         mass_up, root_up = most(mass * inflate, FLOOR), most(weight * tl.sqrt(square) * inflate, FLOOR)
-        spread = lean * sigma * query_l2 * OUTWARD
+        spread = sigma * query_l2 * OUTWARD
         part = least(mass_up * near * rise, root_up * square_near * spread * slope) * OUTWARD
         active = there & (levels < 2) & (found != -INFINITY)
         part, shift = tl.where(active, part, 0.0), tl.where(active, shift, 0.0)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .. import ladder
 from ..codecs import EPSILON, ETA, KAPPA, PER_LEVEL
+from .triton_blocks import load_keys, load_values
 from .triton_certify import (
     ATOL,
     BOUND,
@@ -35,15 +36,15 @@ from .triton_certify import (
     mix,
     sum_of,
 )
-from .triton_blocks import load_keys, load_values
-from .triton_common import INFINITY, OUTWARD, expm1_64, least, most
+from .triton_common import CHANGING, INFINITY, OUTWARD, expm1_64, least, most
 from .triton_pass import as_exact, float_segment, read_query, read_steps
 
 AIM: Any = tl.constexpr(ladder.AIM)
 DOWN: Any = tl.constexpr(1 - 2.0**-30)  # as in `ladder.head_budget`
 HALVINGS: Any = tl.constexpr(16)  # of the range of thresholds, 2^-60 to 1 of the largest: to a thousandth of a factor of two
 LOWEST: Any = tl.constexpr(2.0**-60)
-# Of a unit: blocks whose keys and values were raised, pages of keys and values and planes of both that were read, rounds, dense.
+# Of a unit: blocks whose keys and values were raised, pages of keys and values and planes of both that were read, rounds,
+# dense.
 COUNTS: Any = tl.constexpr(8)
 _PER_LEVEL, _KAPPA, _EPSILON, _ETA = (tl.constexpr(x) for x in (PER_LEVEL, KAPPA, EPSILON, ETA))
 
@@ -222,7 +223,7 @@ def raised(
     return keys, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def climb(
     query, key_codes, key_plane, key_scale, key_offset, key_numbers, value_codes, value_plane, value_scale, value_offset,
     value_numbers, slabs, value_pages, page_sums, page_room, key_multipliers, value_multipliers, like,
@@ -242,7 +243,8 @@ def climb(
     Args, beside those of the kernels before: slabs: int64, addresses of slabs of pages, `rows_per_slab` blocks each, values
         `value_pages` bytes behind; page_sums: int64 `[U, page_room, 2]`; prices: float64 `[5]`, see `candidates`, and the share
         of its originals that a head may move; wanted: float64 `[U, USED]` and chosen: int32 `[U, blocks]`, scratch.
-        dense: int32 `[U]`, 1 where some row is not within its budget. counts: float64 `[U, COUNTS]`. trouble: int32 `[TROUBLE]`.
+        dense: int32 `[U]`, 1 where some row is not within its budget. counts: float64 `[U, COUNTS]`. trouble: int32
+        `[TROUBLE]`.
     """
     unit = tl.program_id(0)
     tile = tl.arange(0, TILE)
@@ -286,7 +288,10 @@ def climb(
                     figures, key_numbers, value_numbers, key_level, value_level, l1, l2, prices, facts, wanted, unit, start,
                     blocks, key_room, value_room, USED, KEY_COUNT, COUNT, KEY_PLANE, VALUE_PLANE, TILE,
                 )  # fmt: skip
-                old_keys, old_values = tl.load(key_level + here, mask=there, other=2), tl.load(value_level + here, mask=there, other=2)
+                old_keys, old_values = (
+                    tl.load(key_level + here, mask=there, other=2),
+                    tl.load(value_level + here, mask=there, other=2),
+                )
                 changed = there & ((keys > old_keys) | (values > old_values))
                 place = count + tl.cumsum(changed.to(tl.int32), axis=0) - 1
                 tl.store(chosen + unit.to(tl.int64) * blocks + place, start + tile, mask=changed)
@@ -301,7 +306,7 @@ def climb(
                 count += tl.sum(changed.to(tl.int32), axis=0)
         if count > 0:
             tl.debug_barrier()
-            raw, wide = read_query(query, unit, scaling, USED, CHANNELS, ROWS, WIDE)
+            wide = read_query(query, unit, scaling, USED, CHANNELS, ROWS, WIDE)
             bias = block_bias + (unit // heads).to(tl.int64) * block_bias_batch + (unit % heads).to(tl.int64) * block_bias_head
             for i in range(count):
                 block = tl.load(chosen + unit.to(tl.int64) * blocks + i)
@@ -313,7 +318,8 @@ def climb(
                 )  # fmt: skip
                 values = load_values(
                     value_codes, value_plane, value_scale, value_offset, slabs, rows_per_slab, tl.num_programs(0), value_pages,
-                    page_sums, value_multipliers, trouble, like, tl.load(value_level + here), unit, block, page_room, value_room,
+                    page_sums, value_multipliers, trouble, like, tl.load(value_level + here), unit, block, page_room,
+                    value_room,
                     value_plane_room, WIDTH, WIDE_VALUES, TOKENS, FOUR, GROUPS, GROUP, VALUE_PLANE, ITEM,
                 )  # fmt: skip
                 steps = read_steps(value_scale, unit.to(tl.int64) * value_room + block, GROUPS, TOKENS)
@@ -329,16 +335,17 @@ def climb(
             for row in range(USED):
                 merge(
                     query, maximum, sums, errors, slips, key_numbers, value_numbers, key_level, value_level, exact_norms, tops,
-                    mixed, sink, middle, result, facts, figures, unit_norms, settings, bias_size, unit, row, blocks, segments, chunks,
+                    mixed, sink, middle, result, facts, figures, unit_norms, settings, bias_size, unit, row, blocks, segments,
+                    chunks,
                     key_room, value_room, tokens, chain, SOFTCAP, SUNK, USED, CHANNELS, WIDE, WIDTH, WIDE_VALUES, KEY_COUNT,
                     COUNT, TILE, FEW,
                 )  # fmt: skip
             tl.debug_barrier()
             for chunk in range(chunks):
                 bound(
-                    query, maximum, sums, output, l1, l2, slips, squares, key_numbers, value_numbers, key_level, value_level,
+                    maximum, sums, output, l1, l2, slips, squares, key_numbers, value_numbers, key_level, value_level,
                     middle, facts, figures, partials, settings, unit, chunk, blocks, segments, chunks, key_room, value_room,
-                    USED, CHANNELS, WIDE, WIDTH, WIDE_VALUES, TOKENS, KEY_COUNT, COUNT, CHUNK,
+                    USED, CHANNELS, WIDTH, WIDE_VALUES, TOKENS, KEY_COUNT, COUNT, CHUNK,
                 )  # fmt: skip
             tl.debug_barrier()
             failing = tl.zeros((), tl.int32)

@@ -17,6 +17,16 @@ import triton.language as tl
 from .. import bounds
 from ..codecs import MIDDLE as CELL_MIDDLE
 
+# Arguments that change as a cache grows, or from call to call: no kernel is compiled anew because one of them is 1, or a
+# multiple of 16.
+CHANGING = (
+    "blocks", "segments", "chunks", "key_room", "value_room", "page_room", "key_plane_room", "value_plane_room",
+    "rows_per_slab",
+    "value_pages", "span", "heads", "units", "tokens", "chain", "max_rounds", "exact", "slots", "block_bias_batch",
+    "block_bias_head", "block_bias_row", "exact_bias_batch", "exact_bias_head", "exact_bias_row",
+)  # fmt: skip
+
+
 MIDDLE: Any = tl.constexpr(CELL_MIDDLE)
 INFINITY: Any = tl.constexpr(float("inf"))
 OUTWARD: Any = tl.constexpr(bounds.OUTWARD)

@@ -33,10 +33,10 @@ def copy_page(address, target, multiplier, COUNT: tl.constexpr, WIDE: tl.constex
     """Copy a page of COUNT 16-bit (WIDE: 32-bit) numbers to `target`; its checksum, int64 (checksums.page_sums)."""
     if WIDE:
         source = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-        mask: tl.constexpr = 0xFFFFFFFF
+        mask = 0xFFFFFFFF
     else:
         source = tl.multiple_of(address.to(tl.pointer_type(tl.int16)), 16)
-        mask: tl.constexpr = 0xFFFF
+        mask = 0xFFFF
     total = tl.zeros([STEP], tl.int64)
     for start in range(0, COUNT, STEP):
         at = start + tl.arange(0, STEP)
@@ -48,7 +48,7 @@ def copy_page(address, target, multiplier, COUNT: tl.constexpr, WIDE: tl.constex
     return tl.sum(total, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step", "room", "sums_room"])  # they change as the cache grows
 def _gather(
     picked, slot_picked, slabs, sums, blocks, used, slot_of, keys, values, key_multiplier, value_multiplier, trouble,
     step, value_offset, rows_per_slab, units, picks, slots, room, sums_room,

@@ -1,11 +1,13 @@
 """The decode pass on a GPU: every code is read once, for all query rows of its KV head; sums are left behind by segment.
 
-What is computed, and how it is rounded, is in docs/certificate.md, section 5 ("How the Triton kernels add up"). Codes of keys are
+What is computed, and how it is rounded, is in docs/certificate.md, section 5 ("How the Triton kernels add up"). Codes of keys
+are
 multiplied as integers, by three digits of eight bits for each factor, and codes of values by two digits of eleven bits, in
 float16 products whose float32 sums are whole numbers below 2^24: exact, in whatever order a tensor core adds. Originals (exact
 tokens, hot and promoted blocks) are multiplied in float32.
 
-A *unit* is one KV head of one batch row. Segments of a unit: its N blocks, then its exact tokens, as many to a segment as a block has.
+A *unit* is one KV head of one batch row. Segments of a unit: its N blocks, then its exact tokens, as many to a segment as a
+block has.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..codecs import LENGTHS as LENGTH_CODES
-from .triton_common import INFINITY, MIDDLE, exp32, expm1_64, whole
+from .triton_common import CHANGING, INFINITY, MIDDLE, exp32, expm1_64, whole
 
 LENGTHS: Any = tl.constexpr(LENGTH_CODES)
 CENTRE: Any = tl.constexpr(128.0)  # codes of keys are taken relative to this
@@ -52,12 +54,11 @@ def tanh(x):
 
 @triton.jit
 def read_query(query, unit, scaling, USED: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of a unit's query as float32 `[ROWS, WIDE]`, and times the softmax scale; 0 beyond what there is."""
+    """Rows of a unit's query as float32, times the softmax scale: `[ROWS, WIDE]`, 0 beyond what there is."""
     row, channel = tl.arange(0, ROWS), tl.arange(0, WIDE)
     inside = (row < USED)[:, None] & (channel < CHANNELS)[None, :]
     place = query + unit.to(tl.int64) * (USED * CHANNELS) + row[:, None] * CHANNELS + channel[None, :]
-    raw = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    return raw, raw * scaling
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32) * scaling
 
 
 @triton.jit
@@ -67,7 +68,8 @@ def settle(
 ):  # fmt: skip
     """Scores `[ROWS, TOKENS]` of a segment to its weights, of which the maximum and the eight sums are stored.
 
-    Args: steps, norms: float32 `[TOKENS]`, sigma_t and squared norms of values; bias: where the segment's first token has its bias
+    Args: steps, norms: float32 `[TOKENS]`, sigma_t and squared norms of values; bias: where the segment's first token has its
+    bias
         in the first row, rows `bias_row` apart; tokens: how many there are, the others weigh nothing.
     """
     row, token = tl.arange(0, ROWS), tl.arange(0, TOKENS)
@@ -113,71 +115,102 @@ def read_steps(scale, place, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
     for g in tl.static_range(GROUPS):
         step = tl.load(scale + (place * TOKENS + token) * GROUPS + g).to(tl.float32)
         total += step * step
-    return tl.sqrt_rn(total) * (1 + (GROUPS + 8) * 2.0**-23)
+    return tl.sqrt(total) * (1 + (GROUPS + 8) * 2.0**-23)
+
+
+@triton.jit
+def repeated(x, TIMES: tl.constexpr):
+    """Rows `[n, columns]`, all of them TIMES times: `[TIMES * n, columns]`."""
+    return tl.reshape(tl.broadcast_to(x[None, :, :], (TIMES, x.shape[0], x.shape[1])), (TIMES * x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def parted(x, FEW: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr):
+    """The first two or four of SLOTS times FEW rows, `[FEW, COLUMNS]` each: the first two twice where there are but two.
+
+    By `tl.split`: sums over slots would leave each of their results in several threads.
+    """
+    if SLOTS > 4:
+        slot = tl.arange(0, SLOTS // 4)[:, None, None]
+        x = tl.sum(tl.where(slot == 0, tl.reshape(x, (SLOTS // 4, 4 * FEW, COLUMNS)), 0), axis=0)
+    if SLOTS == 2:
+        a, b = tl.split(tl.permute(tl.reshape(x, (2, FEW, COLUMNS)), (1, 2, 0)))
+        c, d = a, b
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(x, (2, 2, FEW, COLUMNS)), (2, 3, 1, 0)))
+        a, b = tl.split(first)
+        c, d = tl.split(second)
+    return a, b, c, d
 
 
 @triton.jit
 def key_scores(
-    wide, tall, top, codes, scale, offset, l1, l2, errors, unit, block, blocks, place, scaling,
-    USED: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr, WIDE: tl.constexpr,
-    TOKENS: tl.constexpr, BYTES: tl.constexpr,
+    query, codes, scale, offset, l1, l2, errors, unit, block, blocks, place,
+    USED: tl.constexpr, CHANNELS: tl.constexpr, FEW: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr,
+    BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[ROWS, TOKENS]` of a block of coded keys; what the score bound needs of the rows is stored.
+    """Scores `[FEW, TOKENS]` of a block of coded keys; what the score bound needs of the rows is stored.
 
-    Args: wide: the scaled query `[ROWS, WIDE]`; tall: the query unscaled `[FEW, WIDE]`; top: `[FEW]`, its largest magnitudes, 1
-        instead of 0. BYTES: whether bytes are multiplied as such, else as float16.
+    Args: query: scaled, `[FEW, WIDE]`. BYTES: whether bytes are multiplied as such, else as float16. The digits of a tile's
+    rows
+        lie below one another, so that one product has them all.
     """
-    row, few, channel, token = tl.arange(0, ROWS), tl.arange(0, FEW), tl.arange(0, WIDE), tl.arange(0, TOKENS)
+    few, channel, token = tl.arange(0, FEW), tl.arange(0, WIDE), tl.arange(0, TOKENS)
     inside = channel < CHANNELS
+    keys = tl.load(
+        codes + (place * TOKENS + token)[None, :] * CHANNELS + channel[:, None], mask=inside[:, None], other=128
+    )  # [WIDE, TOKENS]
     step = tl.load(scale + place * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
     start = tl.load(offset + place * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
     middle = start + step * (CENTRE + MIDDLE)
-    scaled = tall * scaling
-    at_middle, factor = scaled * middle[None, :], scaled * step[None, :]
-    largest = tl.max(tl.max(tl.abs(factor), axis=1), axis=0)
+    at_middle, factor = query * middle[None, :], query * step[None, :]
+    size = tl.abs(factor)
+    largest = tl.max(tl.max(size, axis=1), axis=0)
     power, unit_step = unit_of(largest, 22)
-    # Where a factor overflowed, every score is to be NaN.
-    spoiled = largest - largest
-    sized = tl.sum(tl.abs(at_middle), axis=1)
-    total = tl.sum(tl.abs(factor), axis=1)
-    error = (CHANNELS + 15) * 2.0**-24 * sized + 8 * CENTRE * 2.0**-24 * total + (66.0 * CHANNELS) * unit_step
-    relative = tl.div_rn(tl.abs(tall), tl.zeros_like(tall) + top[:, None]) * tl.abs(step)[None, :]
+    total = tl.sum(size, axis=1)
+    error = (CHANNELS + 15) * 2.0**-24 * tl.sum(tl.abs(at_middle), axis=1) + 8 * CENTRE * 2.0**-24 * total
     to = (unit * USED + few).to(tl.int64) * blocks + block
-    tl.store(errors + to, error * (1 + 2.0**-8), mask=few < USED)
-    tl.store(l1 + to, tl.sum(relative, axis=1), mask=few < USED)
-    tl.store(l2 + to, tl.sum(relative * relative, axis=1), mask=few < USED)
-    # The same again in the shape of the products: rows cannot be spread over more rows.
-    constant = tl.sum(wide * middle[None, :], axis=1) + spoiled
-    digits = whole((wide * step[None, :]) * power).to(tl.int32)
+    tl.store(errors + to, (error + (66.0 * CHANNELS) * unit_step) * (1 + 2.0**-8), mask=few < USED)
+    tl.store(l1 + to, total, mask=few < USED)
+    tl.store(l2 + to, tl.sum(factor * factor, axis=1), mask=few < USED)
+    # Where a factor overflowed, every score is to be NaN.
+    constant = tl.sum(at_middle, axis=1) + (largest - largest)
+    digits = whole(factor * power).to(tl.int32)
     first = ((digits + 128) & 255) - 128
     rest = (digits - first) >> 8
     second = ((rest + 128) & 255) - 128
     third = (rest - second) >> 8
-    keys = tl.load(
-        codes + (place * TOKENS + token)[None, :] * CHANNELS + channel[:, None], mask=inside[:, None], other=128
-    )  # [WIDE, TOKENS]
+    SLOTS: tl.constexpr = 4 if FEW >= 4 else 16 // FEW
     if BYTES:
-        signed = (keys ^ 128).to(tl.int8, bitcast=True)
-        low = tl.dot(first.to(tl.int8), signed, out_dtype=tl.int32)
-        high = tl.dot(second.to(tl.int8), signed, out_dtype=tl.int32)
-        high += tl.dot(third.to(tl.int8), signed, out_dtype=tl.int32) * 256
+        a, b, c = first.to(tl.int8), second.to(tl.int8), third.to(tl.int8)
     else:
-        signed = halves(keys.to(tl.int16)) - 128.0
-        low = tl.dot(first.to(tl.float16), signed).to(tl.int32)
-        high = tl.dot(second.to(tl.float16), signed).to(tl.int32)
-        high += tl.dot(third.to(tl.float16), signed).to(tl.int32) * 256
+        a, b, c = first.to(tl.float16), second.to(tl.float16), third.to(tl.float16)
+    every = tl.permute(tl.join(tl.join(b, c), tl.join(a, a)), (3, 2, 0, 1))
+    stacked = repeated(tl.reshape(every, (4 * FEW, WIDE)), SLOTS // 4)
+    if BYTES:
+        products = tl.dot(stacked, (keys ^ 128).to(tl.int8, bitcast=True), out_dtype=tl.int32)
+    else:
+        products = tl.dot(stacked, halves(keys.to(tl.int16)) - 128.0).to(tl.int32)
+    middle_sum, upper_sum, low, _low = parted(products, FEW, TOKENS, SLOTS)
+    high = middle_sum + 256 * upper_sum
     return (constant[:, None] + low.to(tl.float32) * unit_step) + high.to(tl.float32) * (unit_step * 256.0)
 
 
 @triton.jit
-def by_digits(w, step, codes, start, power, unit_step, DIGIT: tl.constexpr):
-    """sum_t w_t (start_t + step_t code_tc) `[ROWS, columns]`: start `[ROWS]` is summed already, codes are float16."""
+def by_digits(
+    w, step, codes, start, power, unit_step,
+    FEW: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DIGIT: tl.constexpr,
+):  # fmt: skip
+    """sum_t w_t (start_t + step_t code_tc) `[FEW, COLUMNS]`: start `[FEW]` is summed already, codes are float16."""
     factors = whole((w * step[None, :]) * power)
     high = whole(factors * (1.0 / (1 << DIGIT)))
     low = factors - high * (1 << DIGIT)
-    lower = tl.dot(low.to(tl.float16), codes)
-    upper = tl.dot(high.to(tl.float16), codes)
-    return (lower + upper * (1 << DIGIT)) * unit_step + start[:, None]
+    SLOTS: tl.constexpr = 2 if FEW >= 8 else 16 // FEW
+    both = tl.reshape(tl.permute(tl.join(low.to(tl.float16), high.to(tl.float16)), (2, 0, 1)), (2 * FEW, TOKENS))
+    products = tl.dot(repeated(both, SLOTS // 2), codes)
+    lower, upper, _lower, _upper = parted(products, FEW, COLUMNS, SLOTS)
+    made = lower + upper * (1 << DIGIT)
+    return made * unit_step + start[:, None]
 
 
 @triton.jit
@@ -196,14 +229,14 @@ def value_step(scale, offset, place, g, FOUR: tl.constexpr, GROUPS: tl.constexpr
 @triton.jit
 def add_values(
     w, codes, scale, offset, output, slips, squares, norms, unit, block, blocks, segments, place,
-    USED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
+    USED: tl.constexpr, WIDTH: tl.constexpr, FEW: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, DIGIT: tl.constexpr,
 ):  # fmt: skip
-    """Values of a coded block by weights `[ROWS, TOKENS]`, to their place in `output`; what integers round, at most.
+    """Values of a coded block by weights `[FEW, TOKENS]`, to their place in `output`; what integers round, at most.
 
     COLUMNS: bytes of a token that are read at a time, CHUNKS times; each chunk is of one group, or its nibbles are of one each.
     """
-    row, token, column = tl.arange(0, ROWS), tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
+    row, token, column = tl.arange(0, FEW), tl.arange(0, TOKENS), tl.arange(0, COLUMNS)
     BYTES: tl.constexpr = WIDTH // 2 if FOUR else WIDTH
     to = output + (unit.to(tl.int64) * segments + block) * (USED * WIDTH) + row[:, None] * WIDTH
     coarse = tl.zeros((), tl.float32)
@@ -216,7 +249,7 @@ def add_values(
         step, start, power, unit_step = value_step(scale, offset, place, j * COLUMNS // GROUP, FOUR, GROUPS, TOKENS, DIGIT)
         constant = tl.sum(w * start[None, :], axis=1)
         if FOUR:
-            made = by_digits(w, step, halves(stored & 15), constant, power, unit_step, DIGIT)
+            made = by_digits(w, step, halves(stored & 15), constant, power, unit_step, FEW, TOKENS, COLUMNS, DIGIT)
             tl.store(to + at[None, :], made, mask=ok)
             coarse += unit_step * unit_step * tl.sum(there.to(tl.float32), axis=0)
             if (BYTES + j * COLUMNS) // GROUP != j * COLUMNS // GROUP:
@@ -224,15 +257,15 @@ def add_values(
                     scale, offset, place, (BYTES + j * COLUMNS) // GROUP, FOUR, GROUPS, TOKENS, DIGIT
                 )
                 constant = tl.sum(w * start[None, :], axis=1)
-            made = by_digits(w, step, halves(stored >> 4), constant, power, unit_step, DIGIT)
+            made = by_digits(w, step, halves(stored >> 4), constant, power, unit_step, FEW, TOKENS, COLUMNS, DIGIT)
             tl.store(to + BYTES + at[None, :], made, mask=ok)
             coarse += unit_step * unit_step * tl.sum(there.to(tl.float32), axis=0)
         else:
-            made = by_digits(w, step, halves(stored), constant, power, unit_step, DIGIT)
+            made = by_digits(w, step, halves(stored), constant, power, unit_step, FEW, TOKENS, COLUMNS, DIGIT)
             tl.store(to + at[None, :], made, mask=ok)
             coarse += unit_step * unit_step * tl.sum(there.to(tl.float32), axis=0)
     LARGEST: tl.constexpr = 15.0 if FOUR else 255.0
-    slip = tl.sqrt_rn(coarse) * (0.75 * LARGEST * TOKENS * (1 + 2.0**-18))
+    slip = tl.sqrt(coarse) * (0.75 * LARGEST * TOKENS * (1 + 2.0**-18))
     tl.store(slips + unit.to(tl.int64) * blocks + block, slip)
     tl.store(squares + unit.to(tl.int64) * blocks + block, tl.sum(norms, axis=0))
 
@@ -284,55 +317,55 @@ def as_exact(errors, slips, squares, values, unit, block, blocks, USED: tl.const
     tl.store(squares + unit.to(tl.int64) * blocks + block, tl.sum(tl.sum(values * values, axis=1), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def coded_pass(
     query, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, value_numbers, lengths,
     block_bias, block_bias_batch, block_bias_head, block_bias_row,
     maximum, sums, output, l1, l2, errors, slips, squares, levels,
     blocks, key_room, value_room, span, segments, heads, units, scaling, softcap,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, USED: tl.constexpr, ROWS: tl.constexpr, FEW: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, USED: tl.constexpr, FEW: tl.constexpr,
     CHANNELS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, DIGIT: tl.constexpr,
     COUNT: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     """Every block from its codes. Grid (units, programs), `span` blocks each.
 
-    Args, beside those of `reference.decode_pass`: query `[U, USED, CHANNELS]`, unscaled, in the model's type; codes and so on as
+    Args, beside those of `reference.decode_pass`: query `[U, USED, CHANNELS]`, unscaled, in the model's type; codes and so on
+    as
         `BlockStore` holds them, with room for `key_room` and `value_room` blocks a unit; `COUNT` numbers a value block.
         maximum `[U, USED, segments]`, sums `[..., 8]`, output `[U, segments, USED, WIDTH]`, l1, l2, errors `[U, USED, blocks]`,
-        slips, squares `[U, blocks]`: float32, as `cpu_pass.Task` has them. levels: int32 `[3, U, blocks]`, of keys, values, hot.
+        slips, squares `[U, blocks]`: float32, as `cpu_pass.Task` has them. levels: int32 `[3, U, blocks]`, of keys, values,
+        hot.
     """
     unit, program = tl.program_id(0), tl.program_id(1)
-    raw, wide = read_query(query, unit, scaling, USED, CHANNELS, ROWS, WIDE)
-    tall, scaled_tall = read_query(query, unit, scaling, USED, CHANNELS, FEW, WIDE)
-    top = tl.max(tl.abs(tall), axis=1)
-    top = tl.where(top > 0, top, 1.0)
+    wide = read_query(query, unit, scaling, USED, CHANNELS, FEW, WIDE)
     bias = block_bias + (unit // heads).to(tl.int64) * block_bias_batch + (unit % heads).to(tl.int64) * block_bias_head
     for block in range(program * span, tl.minimum(program * span + span, blocks)):
         for kind in tl.static_range(3):
             tl.store(levels + (kind * units + unit).to(tl.int64) * blocks + block, 0)
         value_place = unit.to(tl.int64) * value_room + block
         scores = key_scores(
-            wide, tall, top, key_codes, key_scale, key_offset, l1, l2, errors, unit, block, blocks,
-            unit.to(tl.int64) * key_room + block, scaling, USED, CHANNELS, ROWS, FEW, WIDE, TOKENS, BYTES,
+            wide, key_codes, key_scale, key_offset, l1, l2, errors, unit, block, blocks, unit.to(tl.int64) * key_room + block,
+            USED, CHANNELS, FEW, WIDE, TOKENS, BYTES,
         )  # fmt: skip
         steps = read_steps(value_scale, value_place, GROUPS, TOKENS)
         norms = read_lengths(lengths, value_numbers, value_place, TOKENS, COUNT)
         w = settle(
             scores, steps, norms, softcap, bias + block * TOKENS, block_bias_row, TOKENS, maximum, sums, unit, block,
-            segments, SOFTCAP, BIAS, USED, ROWS, TOKENS,
+            segments, SOFTCAP, BIAS, USED, FEW, TOKENS,
         )  # fmt: skip
         add_values(
             w, value_codes, value_scale, value_offset, output, slips, squares, norms, unit, block, blocks, segments,
-            value_place, USED, WIDTH, ROWS, TOKENS, FOUR, GROUPS, GROUP, COLUMNS, CHUNKS, DIGIT,
+            value_place, USED, WIDTH, FEW, TOKENS, FOUR, GROUPS, GROUP, COLUMNS, CHUNKS, DIGIT,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def float_pass(
     query, exact_keys, exact_values, exact, exact_key_unit, exact_value_unit, exact_key_row, exact_value_row,
     hot_blocks, hot_keys, hot_values, slots, value_scale,
-    block_bias, block_bias_batch, block_bias_head, block_bias_row, exact_bias, exact_bias_batch, exact_bias_head, exact_bias_row,
+    block_bias, block_bias_batch, block_bias_head, block_bias_row, exact_bias, exact_bias_batch, exact_bias_head,
+    exact_bias_row,
     maximum, sums, output, errors, slips, squares, levels, exact_norms,
     blocks, value_room, segments, heads, units, scaling, softcap,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, HOT: tl.constexpr,
@@ -346,7 +379,7 @@ def float_pass(
         exact_norms: float64 `[U, segments - blocks, 2]`, the largest norms of keys and values. The others as in `coded_pass`.
     """
     unit, number = tl.program_id(0), tl.program_id(1)
-    raw, wide = read_query(query, unit, scaling, USED, CHANNELS, ROWS, WIDE)
+    wide = read_query(query, unit, scaling, USED, CHANNELS, ROWS, WIDE)
     batch, head = (unit // heads).to(tl.int64), (unit % heads).to(tl.int64)
     if number < segments - blocks:
         first = number * TOKENS

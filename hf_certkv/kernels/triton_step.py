@@ -1,4 +1,4 @@
-"""A certified step as a fixed sequence of Triton kernels: pass, mix, merge, bound, climb. The host decides and waits for nothing.
+"""A certified step as a fixed sequence of Triton kernels: pass, mix, merge, bound, climb, dense. The host waits for nothing.
 
 Everything that a kernel needs lies on the device or is known before the step; what it found out stays there until somebody asks
 (`facts`). So a step can be captured in a CUDA graph, and launches do not wait for one another.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..layers import CertifiedLayer
 
 SPAN = 4  # blocks of a program of the pass
+WARPS, STAGES = 1, 1  # of a program of the pass
 CHUNK, TILE, FEW = 32, 256, 64  # segments of a program of `mix` and `bound`; blocks and chunks that are looked at together
 MOST_ROWS, MOST_CHANNELS = 64, 256
 TROUBLE = 4  # numbers: what is wrong, unit, block
@@ -38,7 +39,7 @@ FAST_DIGITS = (8, 0)  # compute capability from which bytes are multiplied by te
 
 @dataclass(frozen=True)
 class Format:
-    """How values are read: four bits or not, groups, channels of a group, bytes of a chunk, chunks, bits of a weight's digit."""
+    """How values are read: four bits or not, groups, channels of a group, bytes of a chunk, chunks, bits of a digit."""
 
     four: bool
     groups: int
@@ -81,7 +82,9 @@ def stored(layer: CertifiedLayer) -> Stored | None:
     form = format_of(layer.value_codec, layer.widths[1], layer.block)
     if form is None or layer.widths[0] > MOST_CHANNELS:
         return None
-    parts = [{n: b.data for n, b in buffers.items() if b.data is not None} for buffers in (layer.store.keys, layer.store.values)]
+    parts = [
+        {n: b.data for n, b in buffers.items() if b.data is not None} for buffers in (layer.store.keys, layer.store.values)
+    ]
     rooms = [{part.shape[2] for name, part in found.items() if name not in ("plane", "checksum")} for found in parts]
     if any([len(room) != 1 for room in rooms]):
         return None
@@ -136,8 +139,10 @@ class DeviceStep:
     """One certified call, from its inputs to facts on the device. U units, R rows, N blocks, S segments, C chunks.
 
     Attributes:
-        result: the output in the layer's type `[B, H, R, W]`; facts: float64 `[U, R, FACTS]`, see triton_certify.py; dense: int32
-        `[U]`, heads left to the dense rung; counts: float64 `[U, COUNTS]`, see triton_climb.py; trouble: int32 `[TROUBLE]`, not 0
+        result: the output in the layer's type `[B, H, R, W]`; facts: float64 `[U, R, FACTS]`, see triton_certify.py; dense:
+        int32
+        `[U]`, heads left to the dense rung; counts: float64 `[U, COUNTS]`, see triton_climb.py; trouble: int32 `[TROUBLE]`,
+        not 0
         where a page was damaged; levels: int32 `[3, U, N]`, of keys, of values, and those that blocks began with.
     """
 
@@ -248,12 +253,14 @@ class DeviceStep:
             self.blocks, held.key_room, held.value_room, SPAN, self.segments, step.shape[1], self.units, scaling, softcap,
             FOUR=form.four, GROUP=form.group, COLUMNS=form.columns, CHUNKS=form.chunks, DIGIT=form.digit,
             COUNT=values["numbers"].shape[-1], BYTES=multiplies_bytes(self.device),
-            **{name: value for name, value in common.items() if name != "WIDE_VALUES"}, num_warps=4,
+            **{name: value for name, value in common.items() if name not in ("WIDE_VALUES", "ROWS")}, num_warps=WARPS,
+            num_stages=STAGES,
         )  # fmt: skip
         slots = hot.slots if hot.blocks is not None else 0
         hot_parts = (hot.blocks, hot.keys, hot.values) if slots else (self.levels, exact_keys, exact_values)
         float_pass[(self.units, self.segments - self.blocks + slots)](
-            self.query, exact_keys, exact_values, self.exact, exact_keys.stride(1), exact_values.stride(1), exact_keys.stride(2),
+            self.query, exact_keys, exact_values, self.exact, exact_keys.stride(1), exact_values.stride(1),
+            exact_keys.stride(2),
             exact_values.stride(2), *hot_parts, slots, values["scale"], *bias,
             *bias_arguments(self.exact_bias, self.maximum),
             self.maximum, self.sums, self.output, self.errors, self.slips, self.squares, self.levels, self.exact_norms,
@@ -273,15 +280,18 @@ class DeviceStep:
         merge_kernel[(self.units, self.used)](
             self.query, self.maximum, self.sums, self.errors, self.slips, keys["numbers"], values["numbers"], self.levels[0],
             self.levels[1], self.exact_norms, self.tops, self.mixed, self.sink if self.sink is not None else self.maximum,
-            self.middle, self.result, self.facts, self.figures, self.unit_norms, self.settings, self.bias_size, self.blocks, self.segments,
+            self.middle, self.result, self.facts, self.figures, self.unit_norms, self.settings, self.bias_size, self.blocks,
+            self.segments,
             self.chunks, held.key_room, held.value_room, layer.sequence_length, self.chain,
-            SOFTCAP=step.call.softcap is not None, SUNK=self.sink is not None, **shape, **counts, TILE=TILE, FEW=FEW, num_warps=4,
+            SOFTCAP=step.call.softcap is not None, SUNK=self.sink is not None, **shape, **counts, TILE=TILE, FEW=FEW,
+            num_warps=4,
         )  # fmt: skip
         bound_kernel[(self.units, self.chunks)](
-            self.query, self.maximum, self.sums, self.output, self.l1, self.l2, self.slips, self.squares, keys["numbers"],
+            self.maximum, self.sums, self.output, self.l1, self.l2, self.slips, self.squares, keys["numbers"],
             values["numbers"], self.levels[0], self.levels[1], self.middle, self.facts, self.figures, self.partials,
             self.settings, self.blocks, self.segments, self.chunks, held.key_room, held.value_room,
-            **shape, **counts, TOKENS=layer.block, CHUNK=CHUNK, num_warps=4,
+            USED=self.used, CHANNELS=shape["CHANNELS"], WIDTH=shape["WIDTH"], WIDE_VALUES=shape["WIDE_VALUES"], **counts,
+            TOKENS=layer.block, CHUNK=CHUNK, num_warps=8,
         )  # fmt: skip
 
     def run_climb(self) -> None:
@@ -300,7 +310,8 @@ class DeviceStep:
             self.query, keys["codes"], key_plane if key_plane is not None else keys["codes"], keys["scale"], keys["offset"],
             keys["numbers"], values["codes"], value_plane if value_plane is not None else values["codes"], values["scale"],
             values["offset"], values["numbers"], table.slabs, table.value_offset, page_sums, page_sums.shape[2],
-            multipliers(0, layer.block * layer.widths[0], self.device), multipliers(1, layer.block * layer.widths[1], self.device),
+            multipliers(0, layer.block * layer.widths[0], self.device), multipliers(1, layer.block * layer.widths[1],
+            self.device),
             self.result, *bias_arguments(self.block_bias, self.maximum), self.sink if self.sink is not None else self.maximum,
             self.maximum, self.sums, self.output, self.l1, self.l2, self.errors, self.slips, self.squares, self.levels[0],
             self.levels[1], self.levels[2], self.exact_norms, self.tops, self.mixed, self.middle, self.result, self.facts,
@@ -358,7 +369,7 @@ class DeviceStep:
         return self.facts[..., which.value].view(self.step.shape[:3])
 
     def block_figure(self, which: int) -> Tensor:
-        """Mass, shift, key part before the division by the least normaliser, value part or mean step: float64 `[B, H, R, N]`."""
+        """Mass, shift, key part (over the least normaliser not yet), value part or mean step: float64 `[B, H, R, N]`."""
         return self.figures[which].view(*self.step.shape[:3], self.blocks)
 
 

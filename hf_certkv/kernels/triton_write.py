@@ -112,6 +112,7 @@ def _write(
     read_0, read_1, error_0, error_1 = squares, squares, squares, squares
     peak_0 = t.to(tl.int64) * 0
     peak_1 = peak_0
+    steps = t if KEYED else token_steps(scale, t, TOKENS, CHANNELS, SIZE)
     for begin in range(0, HALF, PIECE):
         packed, packed_low = tl.zeros((T, PIECE), tl.int32), tl.zeros((T, PIECE), tl.int32)
         for upper in tl.static_range(2):
@@ -122,7 +123,7 @@ def _write(
                 x, scale, offset, t, start, c, inside, stride_t, stride_c, TOKENS, CHANNELS, KEYED, SIZE, ONE_GROUP
             )
             whole = code.to(tl.int32)
-            one = step if KEYED else token_steps(scale, t, TOKENS, CHANNELS, SIZE)[:, None]
+            one = step if KEYED else steps[:, None]
             squares += tl.sum(number * number, 1)
             read, error = read_level(number, code, origin, step, one, inside, EIGHT)
             read_0 += tl.sum(read * read, 1)
@@ -265,5 +266,6 @@ def write_signed(tasks: Sequence[Task], names: Sequence[str]) -> list[None]:
             views["plane"] = parts["plane"]
         sign([views.get(name) for name in names], views["checksum"])
         if kept is not None and kept is not parts["plane"]:
-            kept[:, :, first:stop].copy_(parts["plane"])
+            for place, plane in zip(kept[:, :, first:stop].flatten(0, 1), parts["plane"].flatten(0, 1), strict=True):
+                place.copy_(plane, non_blocking=kept.is_pinned())  # one piece each: other copies would be waited for
     return [None] * len(tasks)

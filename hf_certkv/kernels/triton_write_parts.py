@@ -185,19 +185,22 @@ def row_products(
     """
     gram = tl.zeros((N, N), tl.float32)
     if TOKENS <= CHANNELS:
+        t = tl.arange(0, N)
+        units = t if KEYED else token_steps(scale, t, TOKENS, CHANNELS, SIZE)
         for start in range(0, CHANNELS, K):
-            t, c = tl.arange(0, N), start + tl.arange(0, K)
+            c = start + tl.arange(0, K)
             inside = (t < TOKENS)[:, None] & (c < CHANNELS)[None, :]
             number, code, origin, step = piece(
                 x, scale, offset, t, start, c, inside, stride_t, stride_c, TOKENS, CHANNELS, KEYED, SIZE, ONE_GROUP
             )
-            unit = step if KEYED else token_steps(scale, t, TOKENS, CHANNELS, SIZE)[:, None]
+            unit = step if KEYED else units[:, None]
             _, error = read_level(number, code, origin, step, unit, inside, ALL_BITS)
             rows = (error * power).to(tl.float32)
             gram = tl.dot(rows, tl.trans(rows), gram, input_precision="ieee")
     else:
+        c = tl.arange(0, N)
         for first in range(0, TOKENS, K):
-            t, c = first + tl.arange(0, K), tl.arange(0, N)
+            t = first + tl.arange(0, K)
             inside = (t < TOKENS)[:, None] & (c < CHANNELS)[None, :]
             number, code, origin, step = piece(
                 x, scale, offset, t, 0, c, inside, stride_t, stride_c, TOKENS, CHANNELS, KEYED, SIZE, ONE_GROUP

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import kernel
 from .cases import Case, mask_of, tensors
 from .generate import Pick
 from .kernel import both
@@ -37,7 +38,8 @@ class Draw:
             "rtol": 0.0 if fast else pick((0.02, 0.1, 0.3)),
             "atol": 1e6 if fast else 0.0,
         }
-        return Case(q, k, v, settings=settings)
+        case = Case(q, k, v, settings=settings)
+        return kernel.shaped(case) if kernel.chosen() == "triton" else case
 
     def on_grid(self, x: Tensor) -> Tensor:
         """Multiples of 1/64 within [-1, 1]: eight bits."""

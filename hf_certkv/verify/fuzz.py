@@ -24,7 +24,7 @@ from .cases import DENSE, Verdict, judge
 from .generate import Served, Story, random_story, seeded, walk
 from .parts import Clock, Part
 
-CHUNK = 8  # stories that are told before anyone looks at the clock
+CHUNK = 8  # stories that are told before anyone looks at the clock; one, where a call takes seconds
 TIGHT = 1e-3  # a share of the bound from which on a certificate was worth the attack
 ATTEMPTS = 6  # words kept of one story's breaches
 
@@ -94,7 +94,9 @@ def labels(story: Story, served: Served) -> dict[str, str]:
 
 
 def kernel_of(served: Served) -> str:
-    """What computed a call: the CPU kernel where it is wanted and takes the sizes."""
+    """What computed a call: the Triton kernels if the record says so, the CPU kernel where it is wanted and takes the sizes."""
+    if served.record.kernel == "triton":
+        return "triton"
     settings, softcap = served.config, served.case.softcap
     codec = ValueCodec(settings.value_bits, settings.value_scale_channels, False)
     fits = cpu.fits(codec, (served.case.keys.shape[-1], served.case.values.shape[-1])) and softcap != 0
@@ -110,6 +112,8 @@ def told(seed: int, index: int, device: torch.device) -> Tally:
         for served in walk(story, device):
             verdict = judge(served.case, served.output, served.record, served.config)
             _count(tally, {"seed": seed, "index": index, "call": served.number}, labels(story, served), served, verdict)
+            if missed := kernel.missed(served.record, served.config):
+                tally.breaches.append(f"seed {seed}, index {index}, call {served.number}: {missed}")
     except Exception as error:
         tally.breaches.append(f"seed {seed}, index {index}: {type(error).__name__}: {error}")
     return tally
@@ -137,6 +141,11 @@ def _count(tally: Tally, place: dict[str, Any], names: dict[str, str], served: S
     tally.breaches += words[:ATTEMPTS]
 
 
+def chunk() -> int:
+    """Stories at a time."""
+    return 1 if kernel.slow() else CHUNK
+
+
 def run(clock: Clock, device: torch.device, seed: int, head_steps: int | None = None, workers: int = 1) -> Part:
     """Stories 0, 1, 2, ... of a seed until the clock is over, or so many head-steps are judged.
 
@@ -147,7 +156,7 @@ def run(clock: Clock, device: torch.device, seed: int, head_steps: int | None = 
     stories = 0
     for found in _chunks(seed, device, workers):
         tally.merge(found)
-        stories += CHUNK
+        stories += chunk()
         share = None if head_steps is None else max(clock.spent / max(clock.seconds, 1e-9), tally.head_steps / head_steps)
         clock.tell(f"{tally.head_steps:,} head-steps, {len(tally.breaches)} breaches", share)
         if clock.over() or (head_steps is not None and tally.head_steps >= head_steps):
@@ -205,9 +214,9 @@ def _begin(wanted: str) -> None:
     kernel.start(wanted)
 
 
-def _chunk(seed: int, number: int, device: str) -> Tally:
+def _told(seed: int, number: int, device: str) -> Tally:
     tally = Tally()
-    for index in range(number * CHUNK, (number + 1) * CHUNK):
+    for index in range(number * chunk(), (number + 1) * chunk()):
         tally.merge(told(seed, index, torch.device(device)))
     return tally
 
@@ -217,7 +226,7 @@ def _chunks(seed: int, device: torch.device, workers: int) -> Iterator[Tally]:
     number = 0
     if workers <= 1:
         while True:
-            yield _chunk(seed, number, str(device))
+            yield _told(seed, number, str(device))
             number += 1
     context = multiprocessing.get_context("spawn")
     # One thread each: they share the cores already, and sums are in the same order on any machine.
@@ -226,7 +235,7 @@ def _chunks(seed: int, device: torch.device, workers: int) -> Iterator[Tally]:
         try:
             while True:
                 while len(waiting) < 2 * workers:
-                    waiting.append(pool.submit(_chunk, seed, number, str(device)))
+                    waiting.append(pool.submit(_told, seed, number, str(device)))
                     number += 1
                 yield waiting.popleft().result()
         finally:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..certificate import StepRecord
+from ..codecs import ValueCodec
 from ..config import CertKVConfig
+from . import kernel
 from .cases import BEYOND, BITS, MASKS, REGIMES, Case, call_on, mask_of, new_cache, tensors
 from .kernel import both
 
@@ -28,6 +30,7 @@ VALUE_GROUPS = (None, None, 0, 2, 3, 8, 16, 32)
 RTOLS = (0.0, 1e-4, 0.01, 0.02, 0.05, 0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 4.0)
 POSITIONS = (1, 1, 1, 1, *range(2, 17), 16, 16)
 MOST_TOKENS = (96,) * 12 + (160,) * 4 + (300,)
+FEW_TOKENS = (48,) * 8 + (96,) * 3 + (300,)  # where a call takes seconds
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,20 @@ def random_tolerance(pick: Pick, values: Tensor, rtols: Sequence[float]) -> dict
     }
 
 
+def sizes_for_triton(pick: Pick, settings: dict[str, Any]) -> tuple[int, int]:
+    """Channels of keys and values that the Triton kernels take; settings are changed to such, too."""
+    from ..kernels.triton_step import format_of
+
+    settings["scope"] = "head"
+    if settings["policy"] == "paper":
+        settings["policy"] = "budget"
+    bits, group = settings["value_bits"], pick((None, None, 0, 16, 32, 64))
+    channels, width = pick((4, 8, 16, 16, 20, 33, 64, 96, 128)), pick((2, 8, 16, 16, 20, 32, 32, 48, 64, 96, 128))
+    codec = ValueCodec(bits, (32 if bits == 4 else 0) if group is None else group, False)
+    settings["value_group"] = group if format_of(codec, width, settings["block_size"]) is not None else 0
+    return channels, width
+
+
 def random_story(
     pick: Pick,
     regimes: Sequence[str] = USUAL * 3 + REGIMES + BEYOND,
@@ -130,6 +147,8 @@ def random_story(
     block = settings["block_size"]
     heads, groups = pick((1, 1, 2, 3, 4)), pick((1, 2, 4, 8, 8))
     batch = pick((2, 3) if busy else (1, 1, 1, 2, 4))
+    if kernel.slow():
+        heads, groups, batch = min(heads, 2), min(groups, 4), min(batch, 2)
     while batch > 1 and batch * heads * groups > most:
         batch //= 2
     most_positions = max(1, most // (batch * heads * groups))
@@ -147,10 +166,15 @@ def random_story(
         channels, width = pick((16, 16, 32, 32, 48, 64)), pick((16, 32, 32, 48, 64) if eight else (32, 32, 64, 96))
         settings["value_group"] = pick((None, 0, 16, 32))
 
-    count = 6 if busy else pick((1, 1, 1, 1, 2, 3))
-    news = [1 if packed else min(most_positions, pick(range(1, 5) if busy else POSITIONS)) for _ in range(count)]
+    count, positions, most_tokens = 6 if busy else pick((1, 1, 1, 1, 2, 3)), range(1, 5) if busy else POSITIONS, MOST_TOKENS
+    if kernel.chosen() == "triton":
+        channels, width = sizes_for_triton(pick, settings)
+        positions = [new for new in positions if new * groups <= 64]
+    if kernel.slow():
+        count, positions, most_tokens = min(count, 3), range(1, 3), FEW_TOKENS
+    news = [1 if packed else min(most_positions, pick(positions)) for _ in range(count)]
     fixed = settings["sink_blocks"] * block + max(1, settings["recent_window"])
-    blocks = pick(range(1, max(2, (pick(MOST_TOKENS) - fixed) // block + 1)))
+    blocks = pick(range(1, max(2, (pick(most_tokens) - fixed) // block + 1)))
     first = fixed + blocks * block + pick(range(block))
     seed = pick(range(2**30))
     drawn = (channels, width, batch)

@@ -20,11 +20,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import bounds
+from .. import bounds, device_decode
 from ..attention import AttentionCall
 from ..codecs import UNIT_ROUNDOFF, EncodedBlocks
 from ..decode import DecodeStep
+from ..inputs import StepInputs
+from ..layers import CertifiedLayer
 from ..precision import full_precision
+from . import kernel
 from .cases import Case, fill, judge, new_cache, problems
 from .oracle import exact_outputs, first_bits, flint, norm
 
@@ -77,32 +80,56 @@ def serve(case: Case, device: torch.device, chunk: int | None = None, again: int
     (layer,) = cache.certified_layers
     call = AttentionCall(case.query, *handles, case.mask, scale=case.scale, softcap=case.softcap, sinks=case.sinks)
     with full_precision(device.type):
-        step_of = DecodeStep(layer, call)
-        step_of.first_pass()
-        step_of.climb()
-        step_of.details()
-    output = step_of.finish()
+        terms, output = (_on_the_device if device_decode.supports(layer, call) else _by_the_host)(layer, call)
     cache.recorder.commit()
-    record, made = cache.recorder.records[-1], step_of.certificate
-    assert made is not None
+    record = cache.recorder.records[-1]
     block, channels = layer.block, layer.widths[0]
     widths = [(max(block, width), min(block, width)) for width in layer.widths]
     spectral = max((4 * (n + 3) * r + 3 * r * r) * UNIT_ROUNDOFF / 8 for n, r in widths)
     keys, values = layer.store.encoded()
-    worst = step_of.shift.amax(dim=-1)
+    breaches = judge(case, output, record, cache.settings).breaches
+    if missed := kernel.missed(record, cache.settings):
+        breaches.append(missed)
     return Seen(
-        step_of.output.cpu(),
-        step_of.bound.cpu(),
-        made.fixed.cpu(),
-        bounds.mass_slack(step_of.slack, step_of.chain).cpu(),
-        (2.02 * bounds.gamma(block + layer.widths[1] + 8)) ** 0.5 * 3 * step_of.value_radius.expand_as(step_of.bound).cpu(),
-        (torch.exp(worst) * torch.expm1(worst)).cpu(),
-        1 + 3 * spectral + 16 * (channels + 8) * 2.0**-23,
-        _on_cpu(keys),
-        _on_cpu(values),
-        torch.from_numpy(record.rung.copy()),
-        judge(case, output, record, cache.settings).breaches,
+        **terms,
+        measured=1 + 3 * spectral + 16 * (channels + 8) * 2.0**-23,
+        keys=_on_cpu(keys),
+        values=_on_cpu(values),
+        rungs=torch.from_numpy(record.rung.copy()),
+        breaches=breaches,
     )
+
+
+def _terms(step: StepInputs, **found: Tensor) -> dict[str, Tensor]:
+    """Fields of `Seen` from an output, bound, E_fp + E_out, mu, and the largest shifts."""
+    worst, layer = found.pop("worst"), step.layer
+    rise = torch.exp(worst) * torch.expm1(worst)
+    blur = (2.02 * bounds.gamma(layer.block + layer.widths[1] + 8)) ** 0.5 * 3 * step.value_radius.expand_as(found["bound"])
+    return {name: part.cpu() for name, part in {**found, "rise": rise, "blur": blur}.items()}
+
+
+def _by_the_host(layer: CertifiedLayer, call: AttentionCall) -> tuple[dict[str, Tensor], Tensor]:
+    step = DecodeStep(layer, call)
+    step.first_pass()
+    step.climb()
+    step.details()
+    output, made = step.finish(), step.certificate
+    assert made is not None
+    inflate, worst = bounds.mass_slack(step.slack, step.chain), step.shift.amax(dim=-1)
+    return _terms(step, output=step.output, bound=step.bound, fixed=made.fixed, inflate=inflate, worst=worst), output
+
+
+def _on_the_device(layer: CertifiedLayer, call: AttentionCall) -> tuple[dict[str, Tensor], Tensor]:
+    """The same of the Triton kernels, from what they leave on the device."""
+    from ..kernels.triton_certify import FIXED, INFLATE
+
+    output = device_decode.decode(layer, call)
+    # It keeps nothing but the record: the step again, of which scratch then has everything.
+    step = device_decode.DeviceDecode(layer, call)
+    step.device.run()
+    fixed, inflate = (step.device.row_figure(fact).clone() for fact in (FIXED, INFLATE))
+    worst = step.device.block_figure(1).amax(dim=-1)
+    return _terms(step, output=step.output, bound=step.bound, fixed=fixed, inflate=inflate, worst=worst), output
 
 
 def _on_cpu(coded: EncodedBlocks) -> EncodedBlocks:

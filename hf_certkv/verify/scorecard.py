@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .. import device_decode
 from ..environment import describe
 from ..errors import InputError
 from . import bit_flips, failures, fuzz, kernel, planted_bugs, relations, rounding, search
@@ -96,10 +97,13 @@ def verify(
         save_to: a folder for witness files; kernel_name: what computes the calls (kernel.py).
         tell: called with a part's name, its progress from 0 to 1, and a short text.
 
-    Raises: InputError: an unknown part, kernel or device, or a number out of range; MissingDependencyError: no numba for "cpu".
+    Raises: InputError: an unknown part, kernel or device, a number out of range, or Triton on a CPU and not interpreted;
+        MissingDependencyError: no numba for "cpu", or no triton.
     """
     entries = _chosen(only)
     where = usable_device(device)
+    if kernel_name == "triton" and device_decode.installed():
+        kernel.require_interpreter(where)
     if not (minutes >= 0 and workers >= 1 and (head_steps is None or head_steps >= 1)):
         given = f"minutes={minutes}, workers={workers}, head_steps={head_steps}"
         raise InputError(f"{given}: expected minutes of 0 or more, and at least 1 of the others.")
