@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 POLICIES = ("budget", "naive")
 FORCED = False  # whether calls on the CPU are computed by Triton's interpreter: for tests of caches that do not ask for it
 MOST_ROWS = 64  # query rows of a KV head
+LEAST_CAPABILITY = (8, 0)  # Ampere; before, Triton has no products of bytes
 
 
 @lru_cache(maxsize=1)
@@ -46,7 +47,7 @@ def supports(layer: CertifiedLayer, call: AttentionCall) -> bool:
     asked = config.kernel == "triton" or (config.kernel == "auto" and (layer.device.type == "cuda" or FORCED))
     if not asked or config.scope != "head" or config.policy not in POLICIES or call.softcap == 0 or not installed():
         return False
-    if layer.device.type != "cuda" and not _interpreted():
+    if not runs_on(layer.device):
         return False
     rows = call.query.shape[1] // layer.heads * call.query.shape[2]
     shadow = layer.shadow
@@ -57,7 +58,11 @@ def supports(layer: CertifiedLayer, call: AttentionCall) -> bool:
     return layer.memo("triton", lambda: stored(layer)) is not None
 
 
-def _interpreted() -> bool:
+@lru_cache(maxsize=8)
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run on a device: a GPU whose tensor cores multiply bytes, or a CPU where triton interprets."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     from .kernels.triton_common import interpreted
 
     return interpreted()

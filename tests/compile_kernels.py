@@ -86,8 +86,6 @@ def type_of(name: str, constants: dict[str, Any]) -> str:
 def compiled(name: str, capability: int) -> dict[str, Any]:
     """Registers, spilled bytes, shared bytes of a kernel, and which tensor core instructions it has."""
     kernel, constants, warps = KERNELS[name]
-    if "BYTES" in inspect.signature(kernel.fn).parameters:
-        constants = {**constants, "BYTES": capability >= 80}
     names = list(inspect.signature(kernel.fn).parameters)
     signature = {name: type_of(name, constants) for name in names}
     aligned: Any = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}

@@ -264,6 +264,31 @@ def test_hot_blocks_are_read_from_their_slots() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    """A replay with another query gives what a call gives, promotions and dense heads included."""
+    from hf_certkv.attention import AttentionCall, attend
+
+    for rtol in (0.3, 0.02, 1e-12):
+        case = case_of(0, "normal", rtol=rtol)
+        cache = new_cache(case)
+        handles = fill(cache, case)
+        query = case.query.clone()
+        call = AttentionCall(query, *handles, case.mask, scale=case.scale, enable_gqa=True)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                attend(call)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = attend(call)
+        other = case.query.flip(-1)
+        query.copy_(other)
+        graph.replay()
+        assert torch.equal(captured, attend(AttentionCall(other, *handles, case.mask, scale=case.scale, enable_gqa=True)))
+
+
 def test_what_the_kernels_leave_to_others() -> None:
     """Formats without code, and calls of other kinds: another kernel serves them, and the record says so."""
     odd = case_of(0, "normal", value_group=24)

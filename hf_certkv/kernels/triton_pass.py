@@ -147,13 +147,10 @@ def parted(x, FEW: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr):
 def key_scores(
     query, codes, scale, offset, l1, l2, errors, unit, block, blocks, place,
     USED: tl.constexpr, CHANNELS: tl.constexpr, FEW: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr,
-    BYTES: tl.constexpr,
 ):  # fmt: skip
     """Scores `[FEW, TOKENS]` of a block of coded keys; what the score bound needs of the rows is stored.
 
-    Args: query: scaled, `[FEW, WIDE]`. BYTES: whether bytes are multiplied as such, else as float16. The digits of a tile's
-    rows
-        lie below one another, so that one product has them all.
+    Args: query: scaled, `[FEW, WIDE]`. The digits of all rows lie below one another, so that one product has them all.
     """
     few, channel, token = tl.arange(0, FEW), tl.arange(0, WIDE), tl.arange(0, TOKENS)
     inside = channel < CHANNELS
@@ -181,16 +178,10 @@ def key_scores(
     second = ((rest + 128) & 255) - 128
     third = (rest - second) >> 8
     SLOTS: tl.constexpr = 4 if FEW >= 4 else 16 // FEW
-    if BYTES:
-        a, b, c = first.to(tl.int8), second.to(tl.int8), third.to(tl.int8)
-    else:
-        a, b, c = first.to(tl.float16), second.to(tl.float16), third.to(tl.float16)
+    a, b, c = first.to(tl.int8), second.to(tl.int8), third.to(tl.int8)
     every = tl.permute(tl.join(tl.join(b, c), tl.join(a, a)), (3, 2, 0, 1))
     stacked = repeated(tl.reshape(every, (4 * FEW, WIDE)), SLOTS // 4)
-    if BYTES:
-        products = tl.dot(stacked, (keys ^ 128).to(tl.int8, bitcast=True), out_dtype=tl.int32)
-    else:
-        products = tl.dot(stacked, halves(keys.to(tl.int16)) - 128.0).to(tl.int32)
+    products = tl.dot(stacked, (keys ^ 128).to(tl.int8, bitcast=True), out_dtype=tl.int32)
     middle_sum, upper_sum, low, _low = parted(products, FEW, TOKENS, SLOTS)
     high = middle_sum + 256 * upper_sum
     return (constant[:, None] + low.to(tl.float32) * unit_step) + high.to(tl.float32) * (unit_step * 256.0)
@@ -326,7 +317,7 @@ def coded_pass(
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, USED: tl.constexpr, FEW: tl.constexpr,
     CHANNELS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, FOUR: tl.constexpr,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, DIGIT: tl.constexpr,
-    COUNT: tl.constexpr, BYTES: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """Every block from its codes. Grid (units, programs), `span` blocks each.
 
@@ -346,7 +337,7 @@ def coded_pass(
         value_place = unit.to(tl.int64) * value_room + block
         scores = key_scores(
             wide, key_codes, key_scale, key_offset, l1, l2, errors, unit, block, blocks, unit.to(tl.int64) * key_room + block,
-            USED, CHANNELS, FEW, WIDE, TOKENS, BYTES,
+            USED, CHANNELS, FEW, WIDE, TOKENS,
         )  # fmt: skip
         steps = read_steps(value_scale, value_place, GROUPS, TOKENS)
         norms = read_lengths(lengths, value_numbers, value_place, TOKENS, COUNT)

@@ -34,7 +34,6 @@ WARPS, STAGES = 1, 1  # of a program of the pass
 CHUNK, TILE, FEW = 32, 256, 64  # segments of a program of `mix` and `bound`; blocks and chunks that are looked at together
 MOST_ROWS, MOST_CHANNELS = 64, 256
 TROUBLE = 4  # numbers: what is wrong, unit, block
-FAST_DIGITS = (8, 0)  # compute capability from which bytes are multiplied by tensor cores as Triton has it
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,6 @@ def constants(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """float64 numbers on the device. They are copied there once: a step with new ones waits for that."""
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float64).to(device)
-
-
-@lru_cache(maxsize=8)
-def multiplies_bytes(device: torch.device) -> bool:
-    """Whether the device multiplies bytes, or float16 in their place: the sums are the same whole numbers."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FAST_DIGITS
 
 
 @lru_cache(maxsize=8)
@@ -252,7 +245,7 @@ class DeviceStep:
             self.maximum, self.sums, self.output, self.l1, self.l2, self.errors, self.slips, self.squares, self.levels,
             self.blocks, held.key_room, held.value_room, SPAN, self.segments, step.shape[1], self.units, scaling, softcap,
             FOUR=form.four, GROUP=form.group, COLUMNS=form.columns, CHUNKS=form.chunks, DIGIT=form.digit,
-            COUNT=values["numbers"].shape[-1], BYTES=multiplies_bytes(self.device),
+            COUNT=values["numbers"].shape[-1],
             **{name: value for name, value in common.items() if name not in ("WIDE_VALUES", "ROWS")}, num_warps=WARPS,
             num_stages=STAGES,
         )  # fmt: skip
