@@ -51,6 +51,14 @@ FORMATS = (
 )
 
 
+# What the Triton kernels take.
+FORMATS_OF_TRITON = (
+    Format(4, 16, "host", None, torch.float32, (8, 8)),
+    Format(4, 16, "device", 16, torch.bfloat16, (16, 32)),
+    Format(8, 32, "off", 0, torch.float16, (33, 9)),
+)
+
+
 @dataclass
 class Subject:
     """A cache of one layer, a step that is about to be taken on it, and what that step gives undisturbed.
@@ -98,11 +106,20 @@ class Subject:
         new.cache = fresh_copy(self.cache)
         return new
 
-    def step(self) -> Tensor:
-        """One certified step with the new token."""
+    def called(self) -> Tensor:
+        """A certified step with the new token, whose record nobody has looked at."""
         held = self.cache.update(self.case.keys[:, :, -1:], self.case.values[:, :, -1:], 0)
-        output = call_on(self.case, *held)
+        return call_on(self.case, *held)
+
+    def looked_at(self) -> None:
+        """The step is over, and its record is looked at. Raises: CorruptedPageError: it met a damaged page."""
         self.cache.recorder.commit()
+        self.cache.recorder.look(wait=True)
+
+    def step(self) -> Tensor:
+        """The whole step."""
+        output = self.called()
+        self.looked_at()
         return output
 
 
@@ -197,6 +214,29 @@ class PagePlace:
         """Read the page. Raises: CorruptedPageError."""
         assert layer.shadow is not None
         layer.shadow.read_pages(self.kind, *(torch.tensor([at]) for at in (self.row, self.head, self.block)))
+
+
+@dataclass(frozen=True)
+class SumPlace:
+    """A single bit of the checksum that the Triton kernels compare a page with."""
+
+    kind: int
+    row: int
+    head: int
+    block: int
+    bit: int
+
+    def __str__(self) -> str:
+        name = ("keys", "values")[self.kind]
+        return (
+            f"bit {self.bit} of the device's checksum of page {self.block} ({name}), batch row {self.row}, KV head {self.head}"
+        )
+
+    def flip(self, layer: CertifiedLayer) -> None:
+        """Flip it, or flip it back."""
+        assert layer.shadow is not None and layer.shadow.device_sums.data is not None
+        raw = layer.shadow.device_sums.data.view(torch.uint8)
+        flip(raw[self.row, self.head, self.block], (), 64 * self.kind + self.bit)
 
 
 def slab_of(layer: CertifiedLayer, block: int) -> tuple[Slab, int]:

@@ -172,3 +172,20 @@ def operations(device: torch.device, seed: int) -> list[Operation]:
             *between(),
             Operation("scrub with damage", hurt(150), _scrub, False, later, heals=True),
         ]
+
+
+def few_operations(device: torch.device, seed: int) -> list[Operation]:
+    """Steps of one small layer that promote or are served densely, and what brings tokens; the 64th finishes a block."""
+
+    def built(**settings: Any) -> CertifiedQuantizedCache:
+        cache = CertifiedQuantizedCache(LlamaConfig(num_hidden_layers=1), **{**BASE, **settings})
+        on_layer(63, 0, device, seed, batch=1)(cache)
+        return cache
+
+    one, later = (on_layer(1, 1, device, seed + i, batch=1) for i in (1, 2))
+    with quiet():
+        return [
+            Operation("a step of one layer", built(rtol=0.3), one, True, later),
+            Operation("a step of one layer that promotes", built(dense_head_share=1.0, refine="off"), one, True, later),
+            Operation("a dense step of one layer", built(rtol=1e-9), one, True, later),
+        ]

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ..errors import CacheStateError, CertKVError
+from . import kernel
 from .faults_inject import Fault, Inject, host_fails, interrupted, tensors_fail, tensors_keep_failing
-from .faults_operations import Operation, operations, same
+from .faults_operations import Operation, few_operations, operations, same
 from .faults_state import another_thread_is_served, counts_of, differences, process_settings, quiet, state_of
 from .parts import Clock, Part
 
@@ -120,6 +121,11 @@ def _total(counts: dict[str, Any]) -> int:
     return counts["exact"] + sum(sum(part) for part in counts.values() if isinstance(part, list))
 
 
+def done_some(done: dict[str, set[int]]) -> bool:
+    """Whether the coarsest stride may be broken off: where a step takes seconds, after one point."""
+    return kernel.slow() and any(map(bool, done.values()))
+
+
 def every_point(part: Part, clock: Clock, every: list[Operation], inject: Inject, strides: tuple[int, ...], label: str) -> None:
     """Fail every operation at every point, as far as the clock goes: coarse strides first, so that all get their share."""
     points = {}
@@ -131,14 +137,14 @@ def every_point(part: Part, clock: Clock, every: list[Operation], inject: Inject
     ends: Counter[str] = Counter()
     done: dict[str, set[int]] = {name: set() for name in points}
     for number, stride in enumerate(strides):
-        if number and clock.over():
+        if (number or done_some(done)) and clock.over():
             break
         for operation in every:
             kept, ended = None, "before"
             for at in range(1 + number % stride, points[operation.name] + 1, stride):
                 if at in done[operation.name]:
                     continue
-                if number and clock.over():
+                if (number or done_some(done)) and clock.over():
                     break
                 alike = not operation.heals and not operation.base.settings.hot_blocks  # whatever failed before
                 if len(done[operation.name]) % IN_FULL == 0 or not ended.endswith("before") or not alike:
@@ -161,6 +167,11 @@ def every_point(part: Part, clock: Clock, every: list[Operation], inject: Inject
     }
 
 
+def chosen_operations(device: torch.device, seed: int) -> list[Operation]:
+    """All of them; where a step takes seconds, few small ones."""
+    return (few_operations if kernel.slow() else operations)(device, seed)
+
+
 def run_allocations(
     clock: Clock,
     device: torch.device,
@@ -174,7 +185,7 @@ def run_allocations(
         "whatever cannot be allocated: a typed error or torch's own, the cache as before, and repeating gives the same bits",
         "failures",
     )
-    every = operations(device, seed) if every is None else every
+    every = chosen_operations(device, seed) if every is None else every
     for kind in (RuntimeError, MemoryError):
         every_point(part, clock, every, host_fails(kind), (1,), f"host allocation ({kind.__name__})")
     every_point(part, Clock((clock.seconds - clock.spent) / 2), every, tensors_fail, strides, "tensor operation")
@@ -199,7 +210,7 @@ def run_interrupts(
     medium = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        chosen = operations(device, seed) if every is None else every
+        chosen = chosen_operations(device, seed) if every is None else every
         for operation in every or []:
             operation.__post_init__()  # the model, too, computes otherwise in less precision
         every_point(part, clock, chosen, interrupted, strides, "line")

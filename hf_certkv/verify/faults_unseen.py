@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from . import kernel
 from .cases import judge
 from .faults_bits import FORMATS, Subject, bits_stored, buffer_of, bytes_of, flip
 from .faults_state import differences, state_of
@@ -23,7 +24,7 @@ def hot_slots(part: Part, routes: Counter[str], device: torch.device, seed: int,
     start.step()
     start.layer.prefetch()  # what was promoted goes into the slots
     start.cache.crop(-1)
-    for turn in range(48):
+    for turn in range(6 if kernel.slow() else 48):
         subject = start.copy()
         hot = subject.layer.hot
         name = ("keys", "values", "blocks")[turn % 3]
@@ -58,7 +59,7 @@ def _bytes_of_slots(held: torch.Tensor) -> torch.Tensor:
 def exact_tokens(part: Part, device: torch.device, seed: int, rng: np.random.Generator) -> dict[str, int]:
     """Bits of exact tokens on the device: nobody can notice, and certificates speak of what is there."""
     flipped = noticed = within = 0
-    for turn in range(16):
+    for turn in range(2 if kernel.slow() else 16):
         subject = Subject(FORMATS[0], device, seed, blocks=3, changes={"rtol": SOME})
         layer, kind = subject.layer, turn % 2
         sink = layer.sink_tokens

@@ -29,8 +29,8 @@ BLOCK_SIZES = (16, 16, 16, 16, 32, 32, 64, 128)
 VALUE_GROUPS = (None, None, 0, 2, 3, 8, 16, 32)
 RTOLS = (0.0, 1e-4, 0.01, 0.02, 0.05, 0.1, 0.1, 0.3, 0.3, 1.0, 1.0, 4.0)
 POSITIONS = (1, 1, 1, 1, *range(2, 17), 16, 16)
-MOST_TOKENS = (96,) * 12 + (160,) * 4 + (300,)
-FEW_TOKENS = (48,) * 8 + (96,) * 3 + (300,)  # where a call takes seconds
+MOST_TOKENS: tuple[int, ...] = (96,) * 12 + (160,) * 4 + (300,)
+FEW_TOKENS: tuple[int, ...] = (48,) * 8 + (96,) * 3 + (300,)  # where a call takes seconds
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def random_story(
         channels, width = pick((16, 16, 32, 32, 48, 64)), pick((16, 32, 32, 48, 64) if eight else (32, 32, 64, 96))
         settings["value_group"] = pick((None, 0, 16, 32))
 
-    count, positions, most_tokens = 6 if busy else pick((1, 1, 1, 1, 2, 3)), range(1, 5) if busy else POSITIONS, MOST_TOKENS
+    count, most_tokens = 6 if busy else pick((1, 1, 1, 1, 2, 3)), MOST_TOKENS
+    positions: Sequence[int] = range(1, 5) if busy else POSITIONS
     if kernel.chosen() == "triton":
         channels, width = sizes_for_triton(pick, settings)
         positions = [new for new in positions if new * groups <= 64]

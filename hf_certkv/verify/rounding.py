@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device_decode
 from ..bounds import EXP_ERROR, OUTPUT_ROUNDOFF, TANH_ERROR, TINY, UNIT_ROUNDOFF
 from ..kernels import cpu
 from ..precision import full_precision
@@ -95,12 +96,31 @@ def cpu_exp(x: Tensor) -> Tensor:
 
 
 CPU_EXP = Function("cpu exp", cpu_exp, np.exp, exp_allowed, lambda x: x.exp(), layouts=False)
-EXPONENTIALS = ("exp", "cpu exp")
+EXPONENTIALS = ("exp", "cpu exp", "triton exp")
 
 
 def has_cpu_kernel(device: torch.device) -> bool:
     """Whether the CPU kernel's arithmetic is to be looked at."""
-    return device.type == "cpu" and cpu.installed() and kernel.chosen() != "reference"
+    return device.type == "cpu" and cpu.installed() and kernel.chosen() in ("auto", "cpu")
+
+
+def has_triton_kernels(device: torch.device) -> bool:
+    """Whether the arithmetic of the Triton kernels is to be looked at."""
+    return kernel.chosen() == "triton" or (kernel.chosen() == "auto" and device.type == "cuda" and device_decode.installed())
+
+
+def triton_functions() -> tuple[Function, ...]:
+    """Those of the Triton kernels."""
+    from . import triton_arithmetic as own
+
+    def bent(name: str, call: Callable[[Tensor], Tensor]) -> Function:
+        return Function(name, call, np.tanh, lambda y, _: np.full_like(y, TANH_ERROR), lambda x: x.tanh(), layouts=False)
+
+    return (
+        Function("triton exp", own.exp, np.exp, exp_allowed, lambda x: x.exp(), layouts=False),
+        bent("triton tanh", own.of(own.TANH)),
+        bent("triton dense tanh", own.of(own.TANH32)),
+    )
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,7 +159,8 @@ class Sweep:
 
     def __init__(self, part: Part, device: torch.device) -> None:
         self.part, self.device = part, device
-        self.functions = (*FUNCTIONS, CPU_EXP) if has_cpu_kernel(device) else FUNCTIONS
+        self.functions: tuple[Function, ...] = (*FUNCTIONS, CPU_EXP) if has_cpu_kernel(device) else FUNCTIONS
+        self.functions += triton_functions() if has_triton_kernels(device) else ()
         self.tally = {function.name: Tally() for function in self.functions}
 
     def results(self, call: Callable[[Tensor], Tensor], x: Tensor, layouts: bool = True) -> dict[str, Numbers]:
@@ -253,12 +274,16 @@ def special_points() -> Numbers:
     return np.unique(np.concatenate(found)).astype(np.uint32)
 
 
-def cpu_kernel(part: Part, device: torch.device, generator: torch.Generator, number: int) -> None:
-    """The sums of the CPU kernel, where there is one, on one kind of inputs."""
+def compiled_kernels(part: Part, device: torch.device, generator: torch.Generator, number: int) -> None:
+    """The sums of the CPU kernel and products of the Triton kernels, where there are such, on one kind of inputs."""
     if has_cpu_kernel(device):
         from . import cpu_arithmetic
 
         cpu_arithmetic.chains(part, generator, list(KINDS)[number % len(KINDS)])
+    if has_triton_kernels(device):
+        from . import triton_arithmetic
+
+        triton_arithmetic.products(part, device, generator, list(KINDS)[number % len(KINDS)])
 
 
 def run(clock: Clock, device: torch.device, seed: int) -> Part:
@@ -279,8 +304,12 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
             from . import cpu_arithmetic
 
             cpu_arithmetic.decoded(part, generator)
+        if has_triton_kernels(device):
+            from . import triton_arithmetic
+
+            triton_arithmetic.wide(part, device, generator)
         for number in range(len(KINDS) * SHAPES):
-            cpu_kernel(part, device, generator, number)
+            compiled_kernels(part, device, generator, number)
         sweep.special_values()
         points = special_points()
         for bits in np.array_split(points, -(-len(points) // PAGE)):
@@ -290,7 +319,7 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
                 sweep.page(half)
             done += 1
             if done % SUMS_EVERY == 0:
-                cpu_kernel(part, device, generator, done // SUMS_EVERY)
+                compiled_kernels(part, device, generator, done // SUMS_EVERY)
                 one_chain(part, device, generator, *everything[done // SUMS_EVERY % len(everything)])
                 clock.tell(f"{done / PAGE:.1%} of all float32 numbers")
         functions = sweep.figures()
@@ -300,7 +329,11 @@ def run(clock: Clock, device: torch.device, seed: int) -> Part:
         "exp_error_u": functions["exp"]["normal"].get("relative_error_u", 0.0),
         "exp_ulps": functions["exp"]["ulps"],
         "tanh_error_u": functions["tanh"]["normal"]["error"] / UNIT_ROUNDOFF,
-        **({"cpu_exp_error_u": functions["cpu exp"]["normal"].get("relative_error_u", 0.0)} if "cpu exp" in functions else {}),
+        **{
+            f"{name}_exp_error_u": functions[f"{name} exp"]["normal"].get("relative_error_u", 0.0)
+            for name in ("cpu", "triton")
+            if f"{name} exp" in functions
+        },
         "functions": functions,
     }
     part.seconds = clock.spent - start

@@ -123,12 +123,12 @@ def _on_the_device(layer: CertifiedLayer, call: AttentionCall) -> tuple[dict[str
     """The same of the Triton kernels, from what they leave on the device."""
     from ..kernels.triton_certify import FIXED, INFLATE
 
-    output = device_decode.decode(layer, call)
-    # It keeps nothing but the record: the step again, of which scratch then has everything.
     step = device_decode.DeviceDecode(layer, call)
     step.device.run()
+    layer.cache.recorder.add(device_decode.DeviceRecord(step, None))
     fixed, inflate = (step.device.row_figure(fact).clone() for fact in (FIXED, INFLATE))
     worst = step.device.block_figure(1).amax(dim=-1)
+    output = step.output.reshape(step.shape[0], call.query.shape[1], -1, step.shape[3])
     return _terms(step, output=step.output, bound=step.bound, fixed=fixed, inflate=inflate, worst=worst), output
 
 
