@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -261,6 +261,11 @@ def found_of(record: Record) -> StepRecord:
     return record if isinstance(record, StepRecord) else record.fetch()
 
 
+def is_there(record: Record) -> bool:
+    """Whether a record can be had without waiting."""
+    return isinstance(record, StepRecord) or record.done()
+
+
 class Recorder:
     """Collects records. Those of a step under way are held back, so that a step that fails leaves no trace.
 
@@ -327,10 +332,12 @@ class Recorder:
         """The step under way failed: as if it had not been."""
         self._pending, self._pending_exact = [], 0
 
-    def _summarise(self, layer: int) -> None:
+    def _summarise(self, layer: int, wait: bool = False) -> None:
+        """Add what waits to its summary. Args: wait: for a device, too; else up to the first record that it is busy with."""
         waiting = self._waiting[layer]
         with uninterrupted():
-            waiting[:] = found = [found_of(record) for record in waiting]
+            ready = list(waiting) if wait else list(takewhile(is_there, waiting))
+            waiting[: len(ready)] = found = [found_of(record) for record in ready]
             for _, alike in groupby(found, key=lambda record: record.rung.shape):
                 records = list(alike)
                 self._summaries.setdefault(layer, LayerSummary(records[0].rung.shape[1])).add_all(records)
@@ -338,14 +345,15 @@ class Recorder:
 
     @property
     def layers(self) -> dict[int, LayerSummary]:
-        """What each layer returned, by index; of steps that are over."""
+        """What each layer returned, by index; of steps that are over. Waits for a device; raises as `look`."""
         for layer in self._waiting:
-            self._summarise(layer)
+            self._summarise(layer, wait=True)
+        self.look(wait=True)
         return self._summaries
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: nothing waits."""
-        return {**self.__dict__, "_summaries": self.layers}
+        return {**self.__dict__, "_summaries": self.layers, "_records": self.records}
 
     def overall(self) -> LayerSummary:
         """All layers together, heads not told apart."""

@@ -166,7 +166,7 @@ def of_the_pass() -> list[Plant]:
               "row[:, None] * bias_row", "0 * row[:, None] * bias_row", OF_A_MASK),
         plant("mask of the first block", "the first block's biases for all", at, "coded_pass",
               "bias + block * TOKENS", "bias + 0 * block * TOKENS", OF_A_MASK),
-        plant("softcap dropped", "scores as they are", at, "settle",
+        plant("softcap dropped", "scores that no tanh has seen", at, "settle",
               "if SOFTCAP:", "if False:", twin(capped)),
         plant("wrong power", "sums of w^2 for those of w^3", at, "settle",
               "tl.sum(square * w, axis=1)", "tl.sum(square, axis=1)", BY_TWIN),

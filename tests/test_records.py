@@ -30,6 +30,7 @@ from hf_certkv.certificate import (
     bin_edge,
     bin_of,
 )
+from hf_certkv.errors import CorruptedPageError
 from hf_certkv.ladder import Rung
 
 LENGTH, STEPS = 330, 12
@@ -525,6 +526,61 @@ def test_exact_calls_count_when_their_step_is_over() -> None:
     recorder.discard()
     assert bare.cache.report().to_dict()["exact_head_steps"] == HEADS * 8
     assert recorder.records == [] and recorder.layers == {}
+
+
+class Late:
+    """A record that is with a device until `arrive`; `damaged`: what the step met."""
+
+    def __init__(self, record: StepRecord, damaged: bool = False) -> None:
+        self.layer, self.record, self.damaged, self.there, self.waited = record.layer, record, damaged, False, 0
+
+    def done(self) -> bool:
+        return self.there
+
+    def require_sound(self) -> None:
+        if self.damaged:
+            raise CorruptedPageError("a page")
+
+    def fetch(self) -> StepRecord:
+        self.waited += not self.there
+        return self.record
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_records_of_a_device_are_fetched_when_somebody_asks(full: bool) -> None:
+    """No step waits for them; figures and copies are those of records that came at once."""
+    ours, theirs = Recorder(full), Recorder(full)
+    late = [Late(record) for record in records_of(3, 5)]
+    for held in late:
+        ours.add(held)
+        theirs.add(held.record)
+        ours.commit()
+        theirs.commit()
+    assert not any(held.waited for held in late)
+    assert len(ours.records) == (5 if full else 0)
+    for layer, summary in ours.layers.items():
+        assert_identical(summary, theirs.layers[layer])
+    copied = copy.deepcopy(ours)
+    assert [part.to_dict() for part in copied.records] == [part.to_dict() for part in ours.records]
+    assert set(copied.layers) == set(theirs.layers)
+
+
+def test_damage_that_a_device_met_is_told_by_a_later_step_or_a_report() -> None:
+    """Once it is known, and once; a report waits for it."""
+    recorder = Recorder(False)
+    held = Late(records_of(3, 1)[0], damaged=True)
+    recorder.add(held)
+    recorder.commit()
+    recorder.commit()
+    held.there = True
+    with pytest.raises(CorruptedPageError):
+        recorder.commit()
+    recorder.commit()
+    recorder.add(Late(records_of(4, 1)[0], damaged=True))
+    recorder.commit()
+    with pytest.raises(CorruptedPageError):
+        recorder.overall()
+    assert recorder.overall().rungs.sum() > 0
 
 
 def test_reports_are_snapshots() -> None:

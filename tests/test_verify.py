@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import quick_interpreter
 import torch
 from typer.testing import CliRunner
 
-from hf_certkv import InputError, bounds
+from hf_certkv import InputError, bounds, device_decode, shadow
 from hf_certkv.cli import app
-from hf_certkv.verify import planted_bugs, relations, scorecard
+from hf_certkv.errors import MissingDependencyError
+from hf_certkv.verify import bit_flips, cases, fuzz, kernel, planted_bugs, relations, scorecard
+from hf_certkv.verify.faults_state import quiet
 from hf_certkv.verify.parts import Clock, Part
 from hf_certkv.verify.scorecard import NAMES, verify
 
 WITNESS = Path(__file__).parents[1] / "benchmarks" / "witnesses" / "closest.safetensors"
+
+
+quick_interpreter.install()
 
 
 def run(*arguments: str) -> Any:
@@ -140,3 +149,68 @@ def test_without_the_extra_the_message_names_it(monkeypatch: pytest.MonkeyPatch)
     result = run("--minutes", "0")
     assert result.exit_code == 2
     assert "hf_certkv[verify]" in result.stderr
+
+
+def test_triton_on_a_cpu_needs_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is settled before the start: a typed error says so, before any work."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="TRITON_INTERPRET=1"):
+        verify(0.0, kernel_name="triton")
+    for arguments in (("--minutes", "0"), ("--replay", str(WITNESS))):
+        result = run(*arguments, "--kernel", "triton")
+        assert result.exit_code == 2 and "TRITON_INTERPRET=1" in result.stderr
+    monkeypatch.setattr(device_decode, "installed", lambda: False)
+    with pytest.raises(MissingDependencyError, match=r"hf_certkv\[gpu\]"):
+        verify(0.0, kernel_name="triton")
+
+
+def test_with_triton_its_kernels_compute_and_all_is_put_back() -> None:
+    """Whatever a cache's own setting is; elsewhere they are not asked, whatever that is."""
+    pytest.importorskip("triton")
+    case = triton_case()
+    for wanted, used in (("reference", "reference"), ("triton", "triton")):
+        for setting in ("reference", "triton"):
+            with kernel.using(wanted):
+                assert cases.run(replace(case, settings={**case.settings, "kernel": setting}))[1].kernel == used
+    assert not (device_decode.FORCED or shadow.DEVICE_SUMS) and kernel.chosen() == "auto"
+    card = verify(0.0, only=("fuzz",), kernel_name="triton", seed=2)
+    assert card.passed and card.kernel == "triton", [part.failures for part in card.parts]
+    assert card.parts[0].figures["head_steps_by"]["kernel"].get("triton", 0) > 0
+
+
+def test_a_call_that_triton_was_to_compute_and_did_not_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    with kernel.using("triton"):
+        monkeypatch.setattr(device_decode, "supports", lambda layer, call: False)
+        found = fuzz.told(0, 0, torch.device("cpu"))
+    assert found.breaches and "computed by" in found.breaches[0]
+
+
+def test_a_damaged_page_is_right_only_as_nan_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Triton kernels the error comes late: a step that is not told of, or gives numbers, fails the part."""
+    pytest.importorskip("triton")
+    with kernel.using("triton"), quiet():
+        subject = bit_flips.Subject(bit_flips.FORMATS_OF_TRITON[0], torch.device("cpu"), 0, blocks=1, changes={"rtol": 1e-7})
+        expected = subject.copy().step()
+        page = bit_flips.PagePlace(0, False, 0, 1, 0, 77)
+        monkeypatch.setattr(bit_flips, "random_page", lambda layer, rng: page)
+
+        def failures() -> list[str]:
+            part = Part("page", "", "")
+            bit_flips._step_over_page(part, Counter(), subject, expected, np.random.default_rng(0))
+            return part.failures
+
+        assert failures() == []
+        called = bit_flips.Subject.called
+        monkeypatch.setattr(bit_flips.Subject, "called", lambda self: called(self).nan_to_num())
+        assert "not NaN" in failures()[0]
+        monkeypatch.setattr(bit_flips.Subject, "called", called)
+        monkeypatch.setattr(bit_flips.Subject, "looked_at", lambda self: None)
+        assert "another output" in failures()[0]
+
+
+def triton_case() -> cases.Case:
+    """One head over one block."""
+    q, k, v = cases.tensors("normal", torch.float32, 17, 16, 16, 1, 1, 0, 1, 1)
+    return cases.Case(q, k, v, settings={"rtol": 0.5})

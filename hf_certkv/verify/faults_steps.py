@@ -167,9 +167,9 @@ def every_point(part: Part, clock: Clock, every: list[Operation], inject: Inject
     }
 
 
-def chosen_operations(device: torch.device, seed: int) -> list[Operation]:
-    """All of them; where a step takes seconds, few small ones."""
-    return (few_operations if kernel.slow() else operations)(device, seed)
+def chosen_operations(clock: Clock, device: torch.device, seed: int) -> list[Operation]:
+    """All of them; where a step takes seconds, as many small ones as there are minutes."""
+    return few_operations(device, seed, 1 + int(clock.seconds / 60)) if kernel.slow() else operations(device, seed)
 
 
 def run_allocations(
@@ -185,8 +185,8 @@ def run_allocations(
         "whatever cannot be allocated: a typed error or torch's own, the cache as before, and repeating gives the same bits",
         "failures",
     )
-    every = chosen_operations(device, seed) if every is None else every
-    for kind in (RuntimeError, MemoryError):
+    every = chosen_operations(clock, device, seed) if every is None else every
+    for kind in (RuntimeError, MemoryError) if not kernel.slow() else ():  # these have none
         every_point(part, clock, every, host_fails(kind), (1,), f"host allocation ({kind.__name__})")
     every_point(part, Clock((clock.seconds - clock.spent) / 2), every, tensors_fail, strides, "tensor operation")
     every_point(part, clock, every, tensors_keep_failing, strides, "all tensor operations from one on")
@@ -210,7 +210,7 @@ def run_interrupts(
     medium = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        chosen = chosen_operations(device, seed) if every is None else every
+        chosen = chosen_operations(clock, device, seed) if every is None else every
         for operation in every or []:
             operation.__post_init__()  # the model, too, computes otherwise in less precision
         every_point(part, clock, chosen, interrupted, strides, "line")

@@ -24,7 +24,7 @@ def hot_slots(part: Part, routes: Counter[str], device: torch.device, seed: int,
     start.step()
     start.layer.prefetch()  # what was promoted goes into the slots
     start.cache.crop(-1)
-    for turn in range(6 if kernel.slow() else 48):
+    for turn in range(3 if kernel.slow() else 48):
         subject = start.copy()
         hot = subject.layer.hot
         name = ("keys", "values", "blocks")[turn % 3]
