@@ -98,6 +98,8 @@ class ShadowPages:
     def __post_init__(self) -> None:
         self.side = SideStream(self.device)
         self.signs = DEVICE_SUMS or self.device.type == "cuda"
+        if asynchronous(self.device):
+            self.__class__ = _SharedPages
         row = self.batch * self.heads * self.block * sum(self.widths) * self.dtype.itemsize
         self.slab_bytes = 1 << (row * ROWS_PER_SLAB - 1).bit_length()
         self.rows_per_slab = self.slab_bytes // row
@@ -231,10 +233,6 @@ class ShadowPages:
             except RuntimeError:  # not even that much memory
                 torch.cuda.synchronize(self.device)
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # also of an object that was never finished, and when the process ends
-            self._let_go(self.slabs)
-
     def _sign(self, first: int, last: int) -> None:
         """Take the checksums of block rows first..last-1."""
         for slab, places, _ in self._spans(first, last):
@@ -358,6 +356,14 @@ class ShadowPages:
     def nbytes(self) -> int:
         """Host bytes: slabs as allocated, and checksums. `device_sums` lie on the device and are not among them."""
         return sum(slab.memory.numel() + sum(part.nbytes for part in slab.sums) for slab in self.slabs)
+
+
+class _SharedPages(ShadowPages):
+    """Pages that a GPU reads by itself. On a CPU nothing runs when pages are freed: Ctrl-C would be lost in there."""
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # also of an object that was never finished, and when the process ends
+            self._let_go(self.slabs)
 
 
 def _bits(x: Tensor) -> np.ndarray:
