@@ -235,6 +235,7 @@ def plan(
     value_group: ValueGroup = None,
     recent_window: RecentWindow = 64,
     hot_blocks: Annotated[int | None, typer.Option(help="Promoted blocks a head that may stay on the device.")] = None,
+    device: Annotated[Device, typer.Option(help="Where the cache is to lie. 'auto' is CUDA where there is one.")] = Device.auto,
     json_file: JsonFile = None,
 ) -> None:
     """Say what each format takes on the device and on the host, from the model's config alone."""
@@ -246,10 +247,10 @@ def plan(
         )
         check_out(json_file)
         quiet_libraries()
-        _plan(model, context, batch, dtype, settings, json_file)
+        _plan(model, context, batch, dtype, device, settings, json_file)
 
 
-def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json_file: Path | None) -> None:
+def _plan(name: str, context: int, batch: int, dtype: Dtype, device: Device, settings: Any, json_file: Path | None) -> None:
     import torch
     from transformers import AutoConfig
 
@@ -264,16 +265,17 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     if not isinstance(chosen, torch.dtype):
         chosen = torch.bfloat16
         warnings.warn("The config names no dtype: bfloat16 is assumed. Give --dtype for another.", stacklevel=2)
+    where = "cuda" if device is Device.cuda or (device is Device.auto and torch.cuda.is_available()) else "cpu"
     rows = {
         f"K8 V{bits}, refine={refine}": plan_memory(
-            config, context, batch, chosen, settings.replace(value_bits=bits, refine=refine)
+            config, context, batch, chosen, settings.replace(value_bits=bits, refine=refine), where
         )
         for bits in (4, 8)
         for refine in ("off", "host", "device")
     }
     dense = next(iter(rows.values())).dense
     kind = str(chosen).removeprefix("torch.")
-    table = Table(title=f"{name}: {context:,} tokens x {batch} row(s), {kind}, blocks of {settings.block_size}")
+    table = Table(title=f"{name}: {context:,} tokens x {batch} row(s), {kind}, {where}, blocks of {settings.block_size}")
     for column in ("cache", "device", "of dense", "host", "device bytes a token", "a step works in"):
         table.add_column(column, justify="left" if column == "cache" else "right")
     table.add_row("dense (DynamicCache)", human_bytes(dense), "100.0%", "-", f"{dense / context / batch:,.0f}", "-")
@@ -288,7 +290,7 @@ def _plan(name: str, context: int, batch: int, dtype: Dtype, settings: Any, json
     if json_file is not None:
         write_json(
             json_file,
-            {"model": name, "context": context, "batch": batch, "dtype": kind, "settings": settings.to_dict(),
+            {"model": name, "context": context, "batch": batch, "dtype": kind, "device": where, "settings": settings.to_dict(),
              "dense_bytes": dense, "uncounted_layers": sorted(uncounted),
              "formats": {label: memory.to_dict() for label, memory in rows.items()}},
         )  # fmt: skip

@@ -66,7 +66,6 @@ class HotSlots:
         self.keys: Tensor | None = None  # [batch, kv_heads, slots, block, channels]
         self.values: Tensor | None = None
         self.slot_of: Tensor | None = None  # int32 [batch, kv_heads, room]: -1 where no slot; None until a kernel wants it
-        self.trouble: Tensor | None = None  # int32 [1]: 1 once a refill met a page with a wrong checksum
         self._refilled: torch.cuda.Event | None = None
 
     def ready(self) -> None:
@@ -110,7 +109,7 @@ class HotSlots:
         """Fetch blocks that were promoted into the slots used longest ago, by the device alone: the host waits for nothing.
 
         It is queued behind the current stream's work on the side stream of `shadow`; who reads slots calls `ready` first, as
-        all methods do. A page whose checksum is wrong leaves its slot empty and raises `trouble`.
+        all methods do. A page whose checksum is wrong leaves its slot empty; the step that needs it tells of it.
 
         Args:
             promoted: bool, or the mass that the block got (float, 0 where it was not promoted) `[batch, kv_heads, blocks]`, of
@@ -126,9 +125,6 @@ class HotSlots:
         if self.blocks is None:
             like = [torch.empty(0, shadow.block, w, dtype=shadow.dtype, device=promoted.device) for w in shadow.widths]
             self._make(shadow.batch, shadow.heads, like[0], like[1])
-        if self.trouble is None:
-            with torch.inference_mode(False):
-                self.trouble = torch.zeros(1, dtype=torch.int32, device=promoted.device)
         slot_of, table = self.slot_map(count), shadow.table()
         blocks, used, keys, values = self.blocks, self.used, self.keys, self.values
         assert blocks is not None and used is not None and keys is not None and values is not None and slot_of is not None
@@ -143,8 +139,8 @@ class HotSlots:
             block = torch.where((mass > 0) & (last_use < step), block, -1)
             sums = shadow.device_sums.data
             assert sums is not None, "refills need the checksums that the device has taken"
-            gather(block, slot, step, table, sums, (blocks, used, slot_of), (keys, values), self.trouble)
-            shadow.side.keep(promoted, blocks, used, keys, values, slot_of, self.trouble, table.slabs, sums)
+            gather(block, slot, step, table, sums, (blocks, used, slot_of), (keys, values))
+            shadow.side.keep(promoted, blocks, used, keys, values, slot_of, table.slabs, sums)
             self._refilled = shadow.side.mark()
 
     def slot_map(self, blocks: int) -> Tensor | None:
@@ -263,12 +259,11 @@ class HotSlots:
             with torch.inference_mode(False):
                 new.used, new.keys, new.values = change(self.used), change(self.keys), change(self.values)
                 new.slot_of = None if self.slot_of is None else change(self.slot_of)
-                new.trouble = None if self.trouble is None else self.trouble.clone()
                 new.blocks = change(self.blocks)
         return new
 
     @property
     def nbytes(self) -> int:
-        """Device bytes, as allocated, but for the flag."""
+        """Device bytes, as allocated."""
         parts = (self.blocks, self.used, self.keys, self.values, self.slot_of)
         return sum(part.nbytes for part in parts if part is not None)

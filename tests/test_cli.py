@@ -53,20 +53,23 @@ def test_the_command_is_installed_as_a_module() -> None:
     assert done.stdout.strip() == f"certkv {hf_certkv.__version__}"
 
 
-def test_plan_agrees_with_the_arithmetic(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plan_agrees_with_the_arithmetic(device: str, tmp_path: Path) -> None:
     import torch
     from transformers import AutoConfig
 
     from hf_certkv.embedded import embedded_path
 
     file = tmp_path / "plan.json"
-    result = run("plan", "-m", "prose", "-n", "4000", "--block-size", "32", "--dtype", "float16", "--json", str(file))
+    options = ["--block-size", "32", "--dtype", "float16", "--device", device]
+    result = run("plan", "-m", "prose", "-n", "4000", *options, "--json", str(file))
     assert result.exit_code == 0, result.stderr
     data = json.loads(file.read_text())
     assert len(data["formats"]) == 6 and "K8 V4, refine=device" in result.stdout
     settings = hf_certkv.CertKVConfig(block_size=32, value_bits=8, refine="device")
     config = AutoConfig.from_pretrained(embedded_path("prose"))
-    expected = plan_memory(config, 4000, 1, torch.float16, settings)
+    expected = plan_memory(config, 4000, 1, torch.float16, settings, device)
+    assert (expected.parts["hot"] > 0) == (device == "cuda")
     assert data["formats"]["K8 V8, refine=device"] == expected.to_dict()
     assert data["dense_bytes"] == 4000 * 6 * 2 * 2 * 64 * 2  # tokens, layers, heads, keys and values, channels, bytes
 

@@ -79,11 +79,12 @@ def groups(systems: list[System], dense: int, fixed: float, device: torch.device
     return out if all(needed(group, dense, fixed) <= USABLE * free for group in out) else []
 
 
-def predicted(system: System, context: int, head_dim: int, batch: int, layers: int) -> dict[str, int] | None:
+def predicted(system: System, context: int, head_dim: int, batch: int, layers: int, device: str) -> dict[str, int] | None:
     """What `certkv plan` says of this package's caches, and of what a step works in; None of the others."""
     if system.kind != OURS:
         return None
-    plan = plan_memory(model_config(head_dim, layers), context, batch, DTYPE, CertKVConfig.from_dict(dict(system.settings)))
+    settings = CertKVConfig.from_dict(dict(system.settings))
+    plan = plan_memory(model_config(head_dim, layers), context, batch, DTYPE, settings, device)
     return {"device_bytes": plan.device + plan.working, "host_bytes": plan.host}
 
 
@@ -118,5 +119,11 @@ def measure(system: System, place: dict[str, Any], options: BenchOptions) -> tup
         if reason is not None:
             return {}, reason
     found = resident(system, **place, options=options)
-    row = {**place, "system": system.name, "dense_bytes": dense, "predicted": predicted(system, **place), **found}
+    row = {
+        **place,
+        "system": system.name,
+        "dense_bytes": dense,
+        "predicted": predicted(system, **place, device=options.device),
+        **found,
+    }
     return row, None

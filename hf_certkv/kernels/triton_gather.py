@@ -50,7 +50,7 @@ def copy_page(address, target, multiplier, COUNT: tl.constexpr, WIDE: tl.constex
 
 @triton.jit(do_not_specialize=["step", "room", "sums_room"])  # they change as the cache grows
 def _gather(
-    picked, slot_picked, slabs, sums, blocks, used, slot_of, keys, values, key_multiplier, value_multiplier, trouble,
+    picked, slot_picked, slabs, sums, blocks, used, slot_of, keys, values, key_multiplier, value_multiplier,
     step, value_offset, rows_per_slab, units, picks, slots, room, sums_room,
     KEY_COUNT: tl.constexpr, VALUE_COUNT: tl.constexpr, WIDE: tl.constexpr, KEY_STEP: tl.constexpr, VALUE_STEP: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,6 @@ def _gather(
         tl.store(map_row + block, (slot - unit.to(tl.int64) * slots).to(tl.int32), mask=right)
         tl.store(used + slot, step, mask=right)
         tl.store(blocks + slot, block, mask=right)
-        tl.store(trouble, 1, mask=right == 0)
 
 
 def gather(
@@ -86,15 +85,15 @@ def gather(
     sums: Tensor,
     which: tuple[Tensor, Tensor, Tensor],
     pages: tuple[Tensor, Tensor],
-    trouble: Tensor,
 ) -> None:
     """Copy pages into slots, on the current stream.
+
+    A slot whose page has a wrong checksum is left empty.
 
     Args:
         block, slot: int64 `[batch, kv_heads, picks]`, the block to fetch, or -1, and where to, no slot twice.
         step: of the use; table: of the pages; sums: int64 `[batch, kv_heads, room, 2]`, their checksums.
         which: `blocks`, `used`, `slot_of` of the slots; pages: their `keys`, `values`; all contiguous.
-        trouble: int32 `[1]`: set to 1 if a checksum is wrong; the slot is then empty.
     """
     blocks, used, slot_of = which
     counts = [part.shape[-2] * part.shape[-1] for part in pages]
@@ -104,7 +103,7 @@ def gather(
     steps = [min(CHUNK, power_of_two(count)) for count in counts]
     units, picks = block.shape[0] * block.shape[1], block.shape[2]
     _gather[(units * picks,)](
-        block.contiguous(), slot.contiguous(), table.slabs, sums, blocks, used, slot_of, keys, values, *factors, trouble,
+        block.contiguous(), slot.contiguous(), table.slabs, sums, blocks, used, slot_of, keys, values, *factors,
         step, table.value_offset, table.rows_per_slab, units, picks, blocks.shape[2], slot_of.shape[2], sums.shape[2],
         KEY_COUNT=counts[0], VALUE_COUNT=counts[1], WIDE=item == 4, KEY_STEP=steps[0], VALUE_STEP=steps[1],
         num_warps=WARPS,
