@@ -1,9 +1,8 @@
 """One certified call on a GPU: a fixed sequence of Triton kernels, whose record is fetched when somebody asks for it.
 
 The host decides nothing and waits for nothing. So damage that a kernel finds in a page of originals cannot end in an error at
-once:
-the heads that needed the page come out as NaN, and the typed error is raised when a later step, or a report,
-looks at the record.
+once: the heads that needed the page come out as NaN, and the typed error is raised when a later step, or a report, looks at the
+record.
 """
 
 from __future__ import annotations

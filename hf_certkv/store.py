@@ -30,9 +30,8 @@ class GrowingBuffer:
         room: entries to allocate at least. After that it grows by 1/64 of itself or what is needed, so that the unused
             room stays under 2 %, and a decode step over quantised blocks allocates nothing but once a block.
 
-    Attributes: pinned: whether it lies in host memory that a GPU reads and writes by itself. Such allocations are rounded up
-    to a
-        power of two: so it grows to the next one.
+    Attributes: pinned: whether it lies in host memory that a GPU reads and writes by itself. Such allocations are rounded up to
+        a power of two: so it grows to the next one.
     """
 
     def __init__(self, room: int = 0) -> None:

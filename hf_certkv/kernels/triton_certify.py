@@ -1,10 +1,8 @@
 """The certificate on a GPU: `reference.combine` and `bounds.total` by chunks of segments, in float64.
 
 Three stages, each a function of one unit and a kernel over all: `mix` (a chunk's outputs by their weights), `merge` (a row:
-output,
-norm, rounding, value error), `bound` (a chunk: key errors). What is left, adding up the chunks, is `total_of` in
-triton_climb.py.
-Every line has its inequality in `hf_certkv/bounds.py`; float64 sums are in any order, which `OUTWARD` covers.
+output, norm, rounding, value error), `bound` (a chunk: key errors). What is left, adding up the chunks, is `total_of` in
+triton_climb.py. Every line has its inequality in `hf_certkv/bounds.py`; float64 sums are in any order, which `OUTWARD` covers.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The decode pass on a GPU: every code is read once, for all query rows of its KV head; sums are left behind by segment.
 
 What is computed, and how it is rounded, is in docs/certificate.md, section 5 ("How the Triton kernels add up"). Codes of keys
-are
-multiplied as integers, by three digits of eight bits for each factor, and codes of values by two digits of eleven bits, in
+are multiplied as integers, by three digits of eight bits for each factor, and codes of values by two digits of eleven bits, in
 float16 products whose float32 sums are whole numbers below 2^24: exact, in whatever order a tensor core adds. Originals (exact
 tokens, hot and promoted blocks) are multiplied in float32.
 
@@ -69,8 +68,7 @@ def settle(
     """Scores `[ROWS, TOKENS]` of a segment to its weights, of which the maximum and the eight sums are stored.
 
     Args: steps, norms: float32 `[TOKENS]`, sigma_t and squared norms of values; bias: where the segment's first token has its
-    bias
-        in the first row, rows `bias_row` apart; tokens: how many there are, the others weigh nothing.
+        bias in the first row, rows `bias_row` apart; tokens: how many there are, the others weigh nothing.
     """
     row, token = tl.arange(0, ROWS), tl.arange(0, TOKENS)
     if SOFTCAP:
@@ -322,8 +320,7 @@ def coded_pass(
     """Every block from its codes. Grid (units, programs), `span` blocks each.
 
     Args, beside those of `reference.decode_pass`: query `[U, USED, CHANNELS]`, unscaled, in the model's type; codes and so on
-    as
-        `BlockStore` holds them, with room for `key_room` and `value_room` blocks a unit; `COUNT` numbers a value block.
+        as `BlockStore` holds them, with room for `key_room` and `value_room` blocks a unit; `COUNT` numbers a value block.
         maximum `[U, USED, segments]`, sums `[..., 8]`, output `[U, segments, USED, WIDTH]`, l1, l2, errors `[U, USED, blocks]`,
         slips, squares `[U, blocks]`: float32, as `cpu_pass.Task` has them. levels: int32 `[3, U, blocks]`, of keys, values,
         hot.

@@ -133,10 +133,9 @@ class DeviceStep:
 
     Attributes:
         result: the output in the layer's type `[B, H, R, W]`; facts: float64 `[U, R, FACTS]`, see triton_certify.py; dense:
-        int32
-        `[U]`, heads left to the dense rung; counts: float64 `[U, COUNTS]`, see triton_climb.py; trouble: int32 `[TROUBLE]`,
-        not 0
-        where a page was damaged; levels: int32 `[3, U, N]`, of keys, of values, and those that blocks began with.
+        int32 `[U]`, heads left to the dense rung; counts: float64 `[U, COUNTS]`, see triton_climb.py; trouble: int32
+        `[TROUBLE]`, not 0 where a page was damaged; levels: int32 `[3, U, N]`, of keys, of values, and those that blocks began
+        with.
     """
 
     def __init__(self, step: StepInputs) -> None:
