@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import where as _where  # noqa: F401  # isort: skip  # before anything imports triton
+import signal
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,7 @@ from hf_certkv.handle import KEYS, VALUES
 from hf_certkv.layers import CertifiedLayer
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored; tests interrupt themselves
 
 VOCAB = 128
 PAD, EOS = 0, 1
