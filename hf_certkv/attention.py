@@ -6,6 +6,7 @@ the certificate does not cover), or, for plain tensors, untouched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from .errors import GradientError, InputError
-from .handle import KEYS, VALUES, Handle
+from .handle import KEYS, VALUES, Handle, Lazy
 from .layers import CertifiedLayer
 
 IMPLEMENTATION = "certkv"
@@ -32,6 +33,8 @@ class AttentionCall:
         query: `[batch, query_heads, positions, channels]`; key, value: handles or plain tensors.
         mask: bool (True attends) or additive, broadcastable to `[batch, query_heads, positions, tokens]`, or None.
         scaling: the softmax scale; softcap: c of c*tanh(score/c), or None; sinks: sink logits `[query_heads]`, or None.
+        as_written: what the model itself computes on the originals, `[batch, query_heads, positions, value channels]`, where it
+            writes attention out (written_out.py), or None.
     """
 
     query: Tensor
@@ -44,6 +47,7 @@ class AttentionCall:
     enable_gqa: bool = False
     softcap: float | None = None
     sinks: Tensor | None = None
+    as_written: Callable[[], Tensor] | None = None
 
     @property
     def scaling(self) -> float:
@@ -113,12 +117,17 @@ def attend(call: AttentionCall) -> Tensor:
     if layer is not None:
         with layer.cache.step_guard():
             return _decode().certified_decode(layer, call)
-    with handles[0].layer.cache.step_guard() if handles else nullcontext():
-        plain = [_exact(part) for part in (call.query, call.key, call.value, call.mask)]
-        query, key, value, mask = plain
-        assert query is not None and key is not None and value is not None
+    owner = handles[0].layer.cache if handles else None
+    guards = (nullcontext(), nullcontext()) if owner is None else (owner.step_guard(), owner.ranks.together())
+    with guards[0], guards[1]:
+        query = _exact(call.query)
+        assert query is not None
         if handles:
             handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
+        if call.as_written is not None:
+            return call.as_written()
+        key, value, mask = (_exact(part) for part in (call.key, call.value, call.mask))
+        assert key is not None and value is not None
         return call.dense(query, key, value, mask, call.sinks)
 
 
@@ -131,15 +140,17 @@ def _decode() -> Any:
 
 
 def _exact(part: Tensor | None) -> Tensor | None:
-    return part.materialise() if isinstance(part, Handle) else part
+    return part.materialise() if isinstance(part, Lazy) else part
 
 
 def certifiable(call: AttentionCall) -> CertifiedLayer | None:
     """The layer whose certificate covers this call, or None where it is to be computed exactly."""
     key, value, query = call.key, call.value, call.query
-    if not (isinstance(key, Handle) and isinstance(value, Handle)) or isinstance(query, Handle):
+    if not (isinstance(key, Handle) and isinstance(value, Handle)) or isinstance(query, Lazy):
         return None
     layer = key.layer
+    if call.as_written is not None and layer.config.exactly:  # bit for bit what a dense cache gives
+        return None
     same = layer is value.layer and (key.kind, value.kind) == (KEYS, VALUES) and key.repeats == value.repeats
     if not same or key.pending or value.pending or not (key.is_current and value.is_current):
         return None

@@ -178,6 +178,11 @@ class CertKVConfig:
         """False for the naive baseline, whose bounds are logged and not enforced."""
         return self.policy != "naive"
 
+    @property
+    def exactly(self) -> bool:
+        """Whether the tolerance is zero: every step is what a dense cache gives, bit for bit."""
+        return self.certified and self.rtol == 0 and self.atol == 0
+
     def replace(self, **changes: Any) -> CertKVConfig:
         """A copy with some settings changed, validated again."""
         unknown = sorted(set(changes) - {field.name for field in dataclasses.fields(self)})

@@ -25,7 +25,7 @@ KEYS, VALUES = 0, 1
 
 _PROPERTIES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "itemsize", "nbytes")
 _PLACES = ("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_nested")
-_METADATA = {getattr(Tensor, name).__get__ for name in (*_PROPERTIES, *_PLACES)} | {
+METADATA = {getattr(Tensor, name).__get__ for name in (*_PROPERTIES, *_PLACES)} | {
     Tensor.size,
     Tensor.dim,
     Tensor.ndimension,
@@ -39,17 +39,34 @@ _METADATA = {getattr(Tensor, name).__get__ for name in (*_PROPERTIES, *_PLACES)}
     Tensor.is_contiguous,
     Tensor.__len__,
 }
-_UNCHANGED = {Tensor.contiguous, Tensor.detach, Tensor.detach_}
+UNCHANGED = {Tensor.contiguous, Tensor.detach, Tensor.detach_}
 
 
-class Handle(Tensor):
+class Lazy(Tensor):
+    """A tensor without storage that stands for something computed from a layer's originals."""
+
+    layer: CertifiedLayer
+
+    def materialise(self) -> Tensor:
+        """What it stands for."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # Reached only by code that switched `__torch_function__` off: it gets the originals too, never anything else.
+        args, kwargs = all_plain(str(func), args, kwargs or {})
+        return func(*args, **kwargs)
+
+
+class Handle(Lazy):
     """Keys or values of a `CertifiedLayer`, without storage.
 
     Attributes: layer; kind (KEYS or VALUES); length: tokens it stands for; epoch: the layer's when it was made; repeats: how
     often each KV head is repeated; pending: the shape is `[batch, kv_heads, repeats, tokens, channels]`, on its way there.
     """
 
-    layer: CertifiedLayer
     kind: int
     length: int
     epoch: int
@@ -99,7 +116,7 @@ class Handle(Tensor):
 
     def _lazily(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Handle | None:
         """The handle that a known, harmless step makes of this one; None if the step is not one of them."""
-        if func in _UNCHANGED or (func is Tensor.to and _same_place(self, args[1:], kwargs)):
+        if func in UNCHANGED or (func is Tensor.to and _same_place(self, args[1:], kwargs)):
             return self
         if kwargs:
             return None
@@ -125,7 +142,7 @@ class Handle(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             # No `with`: what Ctrl-C raises at its end would leave subclasses disabled for the rest of the process.
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -140,23 +157,27 @@ class Handle(Tensor):
             lazy = args[0]._lazily(func, args, kwargs)
             if lazy is not None:
                 return lazy
-        name = getattr(func, "__name__", str(func))
-        written = args[0] if args and (_writes(name) or kwargs.get("inplace")) else kwargs.get("out")
-        if isinstance(written, Handle):
-            raise InputError(
-                f"`{name}` would write into the cached {('keys', 'values')[written.kind]} of layer {written.layer.layer_idx}, "
-                "which are written by `update` only. Change a copy: `handle.materialise().clone()`."
-            )
-        args, kwargs = tree_map(lambda part: _plain(part, name), (args, kwargs))
-        return func(*args, **kwargs)
+        followed = _written_out().follow(func, args, kwargs)
+        return carried_out(func, args, kwargs) if followed is None else followed
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # Reached only by code that switched `__torch_function__` off: it gets the originals too, never anything else.
-        args, kwargs = tree_map(lambda part: _plain(part, str(func)), (args, kwargs or {}))
-        return func(*args, **kwargs)
+
+def carried_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on the exact originals. Raises: InputError: it would write into the cache."""
+    name = getattr(func, "__name__", str(func))
+    written = args[0] if args and (writes(name) or kwargs.get("inplace")) else kwargs.get("out")
+    if isinstance(written, Handle):
+        raise InputError(
+            f"`{name}` would write into the cached {('keys', 'values')[written.kind]} of layer {written.layer.layer_idx}, "
+            "which are written by `update` only. Change a copy: `handle.materialise().clone()`."
+        )
+    args, kwargs = all_plain(name, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def all_plain(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of an operation of this name, with the originals in place of what stands for them."""
+    plain: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(lambda part: _plain(part, name), (args, kwargs))
+    return plain
 
 
 @cache
@@ -167,14 +188,21 @@ def _attention() -> Any:
     return attention
 
 
+@cache
+def _written_out() -> Any:
+    from . import written_out  # which needs Handle: imported when used
+
+    return written_out
+
+
 def _plain(part: Any, operation: str) -> Any:
-    if not isinstance(part, Handle):
+    if not isinstance(part, Lazy):
         return part
     part.layer.cache.note_materialised(part.layer.layer_idx, operation)
     return part.materialise()
 
 
-def _writes(name: str) -> bool:
+def writes(name: str) -> bool:
     """Whether a function of this name changes its first argument in place."""
     if name.startswith("__"):
         return name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__iand__", "__ior__")

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from hf_certkv import CachePicklingError, StaleHandleError
+from hf_certkv.deferred import Deferred
 from hf_certkv.handle import Handle
 
 TOKENS = 401
@@ -219,6 +220,9 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+UNCHANGED = {"reshape to its shape", "float"}  # where there is nothing to change
+
+
 @pytest.mark.filterwarnings("ignore:hf_certkv. .* is computed on the exact originals:UserWarning")
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -226,26 +230,16 @@ def test_every_other_operation_sees_the_exact_originals(name: str, dtype: torch.
     made = Made(dtype)
     for handle, plain in zip((made.keys, made.values), made.plain, strict=True):
         actual, expected = OPERATIONS[name](handle), OPERATIONS[name](plain)
+        if isinstance(actual, Deferred):  # a step towards attention (test_written_out.py), until something else is done to it
+            actual = actual.clone()
+        elif name in UNCHANGED:
+            assert actual is handle
+            actual = actual.clone()
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert torch.equal(actual.contiguous(), expected.contiguous())
         assert type(actual) is Tensor
     assert sum(made.operations.values()) >= 2
     assert made.bare.cache.report().to_dict()["materialised_operations"] == made.operations
-
-
-@pytest.mark.parametrize(
-    "compute",
-    [
-        lambda q, k, v: torch.softmax(q @ k.transpose(2, 3) / 8, -1) @ v,
-        lambda q, k, v: torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v),
-    ],
-    ids=["matmul", "einsum"],
-)
-def test_attention_written_out_is_exact(compute: Callable[..., Tensor]) -> None:
-    made, query = Made(), torch.randn(2, 2, 1, 64)
-    with pytest.warns(UserWarning, match="exact originals"):
-        actual = compute(query, made.keys, made.values)
-    assert torch.equal(actual, compute(query, *made.plain))
 
 
 def test_counted_and_warned_once() -> None:

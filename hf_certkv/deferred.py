@@ -1,0 +1,190 @@
+"""Results of operations on handles that have not been carried out, and what they mean for attention.
+
+A `Deferred` is a tensor without storage. The rules of written_out.py make one of another; whatever they do not know carries out
+the very operations that the model asked for, on the exact originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .handle import METADATA, Handle, Lazy, all_plain, carried_out, writes
+
+if TYPE_CHECKING:
+    from .layers import CertifiedLayer
+
+
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A handle in another form. Attributes: transposed: the last two axes; flat: batch and heads are one; copied: no view."""
+
+    handle: Handle
+    transposed: bool = False
+    flat: bool = False
+    copied: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores, or weights, as `factor * (cap(inner * q.k)) + bias`, masked tokens at most `FLOOR`.
+
+    Attributes: query `[batch, query_heads, positions, channels]`; key: with as many heads; flat: batch and heads are one axis
+        of the tensor that stands for this; inner: the factor inside tanh, None without; masks: bool, True where a score was
+        replaced; weights: softmax has been taken.
+    """
+
+    query: Tensor
+    key: Handle
+    flat: bool = False
+    factor: float = 1.0
+    inner: float | None = None
+    bias: Tensor | None = None
+    masks: tuple[Tensor, ...] = ()
+    weights: bool = False
+
+    @property
+    def full(self) -> tuple[int, int, int, int]:
+        """`(batch, query_heads, positions, tokens)`."""
+        batch, heads, positions, _ = self.query.shape
+        return batch, heads, positions, self.key.length
+
+    def by_head(self, x: Tensor) -> Tensor | None:
+        """Something that broadcasts to the tensor which stands for this, as it broadcasts to `full`; None where it does not."""
+        batch, heads, _, tokens = self.full
+        if self.flat and x.dim() == 3 and x.shape[0] == batch * heads:
+            x = x.reshape(batch, heads, *x.shape[1:])
+        elif self.flat and (x.dim() > 3 or (x.dim() == 3 and x.shape[0] != 1)):
+            return None
+        fits = x.dim() <= 4 and all(size in (1, whole) for size, whole in zip(x.shape[::-1], self.full[::-1], strict=False))
+        return x if fits and x.dim() >= 2 and x.shape[-1] == tokens else None
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation, its arguments and keywords, and what its result means; None: nothing that is known here."""
+
+    operation: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    meaning: Part | Scores | None
+
+    def carry_out(self) -> Tensor:
+        """The result on the exact originals."""
+        plain = [part.carry_out() if isinstance(part, Node) else _exact(part) for part in self.arguments]
+        found: Tensor = self.operation(*plain, **self.keywords)
+        return found
+
+
+class _Storage:
+    """What views of one another share. Attributes: version: how often one of them was written to."""
+
+    version = 0
+
+
+class Deferred(Lazy):
+    """The result of operations on handles that have not been carried out.
+
+    Attributes: layer: whose handles; node; shared: with its views; version: of what is shared, that it shows.
+    """
+
+    layer: CertifiedLayer
+    node: Node
+    shared: _Storage
+    version: int
+
+    @classmethod
+    def make(
+        cls, meaning: Part | Scores, shape: tuple[int, ...], dtype: torch.dtype, step: Step, view: bool = False
+    ) -> Deferred:
+        """One for `step`, a function, its arguments and keywords; a view of the first argument, or not."""
+        func, args, kwargs = step
+        layer = (meaning.handle if isinstance(meaning, Part) else meaning.key).layer
+        made: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
+        made.layer = layer
+        # Arguments as they are now: who writes into one later does not change this.
+        made.node = Node(func, tuple(arg.node if isinstance(arg, Deferred) else arg for arg in args), kwargs, meaning)
+        made.shared = args[0].shared if view and isinstance(args[0], Deferred) else _Storage()
+        made.version = made.shared.version
+        return made
+
+    def materialise(self) -> Tensor:
+        """What the operations give on the exact originals.
+
+        Raises: StaleHandleError: the layer was cropped, reordered or reset meanwhile; CorruptedPageError.
+        """
+        return self.node.carry_out()
+
+    def overwrite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
+        """Carry out an operation that writes into this. Raises: InputError: it would write into the cache."""
+        name, meaning = getattr(func, "__name__", str(func)), self.node.meaning
+        if isinstance(meaning, Part) and not meaning.copied:
+            raise InputError(
+                f"`{name}` would write into the cached {('keys', 'values')[meaning.handle.kind]} of layer "
+                f"{self.layer.layer_idx}, which are written by `update` only. Change a copy: `x.materialise().clone()`."
+            )
+        known = _rules().in_place().get(func)
+        found = _rules().follow(known, args, kwargs) if known is not None else None
+        if isinstance(found, Deferred) and (found.shape, found.dtype) == (self.shape, self.dtype):
+            self.node = found.node
+        else:
+            rest, named = all_plain(name, args[1:], kwargs)
+            plain = self.materialise().clone()
+            func(plain, *rest, **named)
+            self.node = Node(lambda: plain, (), {}, None)
+        self.shared.version += 1
+        self.version = self.shared.version
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+        for part in (*args, *kwargs.values()):
+            if isinstance(part, Deferred) and part.version != part.shared.version:
+                raise InputError(
+                    "Attention scores were changed in place through a view of them, and are now used by another name, which "
+                    "cannot be followed. Use what the operation returned, or attn_implementation='sdpa'."
+                )
+        if args and isinstance(args[0], Deferred) and writes(getattr(func, "__name__", "")):
+            return args[0].overwrite(func, args, kwargs)
+        followed = _rules().follow(func, args, kwargs)
+        if followed is not None:
+            return followed
+        if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
+            return f"Deferred({type(args[0].node.meaning).__name__}, shape={tuple(args[0].shape)}, dtype={args[0].dtype})"
+        return carried_out(func, args, kwargs)
+
+
+def _exact(x: Any) -> Any:
+    return x.materialise() if isinstance(x, Lazy) else x
+
+
+def part_of(x: Any) -> Part | None:
+    """The view of a handle that something is."""
+    if isinstance(x, Handle):
+        return None if x.pending else Part(x)
+    return x.node.meaning if isinstance(x, Deferred) and isinstance(x.node.meaning, Part) else None
+
+
+def scores_of(x: Any) -> Scores | None:
+    return x.node.meaning if isinstance(x, Deferred) and isinstance(x.node.meaning, Scores) else None
+
+
+@cache
+def _rules() -> Any:
+    from . import written_out  # which needs Deferred: imported when used
+
+    return written_out
