@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .errors import InputError
 from .handle import METADATA, Handle, Lazy, all_plain, carried_out, writes
@@ -40,7 +41,8 @@ class Scores:
 
     Attributes: query `[batch, query_heads, positions, channels]`; key: with as many heads; flat: batch and heads are one axis
         of the tensor that stands for this; inner: the factor inside tanh, None without; masks: bool, True where a score was
-        replaced; weights: softmax has been taken.
+        replaced; weights: softmax has been taken; sinks: logits `[query_heads]` of a column that attends to nothing; column: it
+        is still there, behind the tokens.
     """
 
     query: Tensor
@@ -51,6 +53,8 @@ class Scores:
     bias: Tensor | None = None
     masks: tuple[Tensor, ...] = ()
     weights: bool = False
+    sinks: Tensor | None = None
+    column: bool = False
 
     @property
     def full(self) -> tuple[int, int, int, int]:
@@ -61,6 +65,8 @@ class Scores:
     def by_head(self, x: Tensor) -> Tensor | None:
         """Something that broadcasts to the tensor which stands for this, as it broadcasts to `full`; None where it does not."""
         batch, heads, _, tokens = self.full
+        if self.column:
+            return None
         if self.flat and x.dim() == 3 and x.shape[0] == batch * heads:
             x = x.reshape(batch, heads, *x.shape[1:])
         elif self.flat and (x.dim() > 3 or (x.dim() == 3 and x.shape[0] != 1)):
@@ -70,13 +76,23 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """The largest score of each row, that softmax does without."""
+
+    scores: Scores
+
+
+Meaning = Part | Scores | Largest
+
+
+@dataclass(frozen=True)
 class Node:
     """An operation, its arguments and keywords, and what its result means; None: nothing that is known here."""
 
     operation: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    meaning: Part | Scores | None
+    meaning: Meaning | None
 
     def carry_out(self) -> Tensor:
         """The result on the exact originals."""
@@ -104,11 +120,11 @@ class Deferred(Lazy):
 
     @classmethod
     def make(
-        cls, meaning: Part | Scores, shape: tuple[int, ...], dtype: torch.dtype, step: Step, view: bool = False
+        cls, meaning: Meaning | None, shape: tuple[int, ...], dtype: torch.dtype, step: Step, view: bool = False
     ) -> Deferred:
-        """One for `step`, a function, its arguments and keywords; a view of the first argument, or not."""
+        """One for `step`, a function, its arguments (a lazy one among them) and keywords; a view of the first one, or not."""
         func, args, kwargs = step
-        layer = (meaning.handle if isinstance(meaning, Part) else meaning.key).layer
+        layer = next(part.layer for part in args if isinstance(part, Lazy))
         made: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
         made.layer = layer
         # Arguments as they are now: who writes into one later does not change this.
@@ -152,7 +168,7 @@ class Deferred(Lazy):
         kwargs = kwargs or {}
         if func in METADATA:
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
-        for part in (*args, *kwargs.values()):
+        for part in tree_leaves((args, kwargs)):
             if isinstance(part, Deferred) and part.version != part.shared.version:
                 raise InputError(
                     "Attention scores were changed in place through a view of them, and are now used by another name, which "

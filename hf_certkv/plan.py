@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import CertifiedQuantizedCache, storage_bytes
 from .config import CertKVConfig
+from .configs import layer_config
 from .errors import InputError, UnsupportedModelError
 from .hot_slots import hot_budget, map_room
 from .kernels import cpu
@@ -91,8 +92,7 @@ def uncounted_layers(config: PreTrainedConfig) -> dict[int, str]:
 
     Layers that share another layer's cache hold nothing and are not among them.
     """
-    text = config.get_text_config(decoder=True)
-    latent = getattr(text, "kv_lora_rank", None) is not None
+    latent = getattr(layer_config(config, 0), "kv_lora_rank", None) is not None
     known = (CertifiedLayer, DynamicLayer, DynamicSlidingWindowLayer)
     return {
         index: type(layer).__name__
@@ -106,7 +106,7 @@ def layer_sizes(config: PreTrainedConfig, index: int) -> tuple[int, tuple[int, i
 
     Raises: UnsupportedModelError: the config does not say.
     """
-    layer, found = _layer_config(config, index), query_heads(config, index)
+    layer, found = layer_config(config, index), query_heads(config, index)
     heads = getattr(layer, "num_key_value_heads", None) or found
     width = getattr(layer, "head_dim", None)
     if width is None and isinstance(found, int):
@@ -123,14 +123,8 @@ def layer_sizes(config: PreTrainedConfig, index: int) -> tuple[int, tuple[int, i
 
 def query_heads(config: PreTrainedConfig, index: int) -> int | None:
     """Query heads of a layer; None where the config does not say."""
-    found = getattr(_layer_config(config, index), "num_attention_heads", None)
+    found = getattr(layer_config(config, index), "num_attention_heads", None)
     return found if isinstance(found, int) else None
-
-
-def _layer_config(config: PreTrainedConfig, index: int) -> Any:
-    text = config.get_text_config(decoder=True)
-    per_layer = getattr(text, "per_layer_config", None)
-    return text if per_layer is None else per_layer[index]
 
 
 def _layers(config: PreTrainedConfig, settings: CertKVConfig) -> list[Any]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .deferred import Deferred, Node, Part, Scores, part_of, scores_of
+from .deferred import Deferred, Largest, Node, Part, Scores, part_of, scores_of
 from .handle import KEYS, UNCHANGED, VALUES, Lazy
 from .layers import QUANTISABLE
 
@@ -63,7 +63,7 @@ def _shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         handle = part.handle
         whole: tuple[int, ...] = tuple(handle.shape)
         meaning = part
-    elif scores is not None:
+    elif scores is not None and not scores.column:
         whole, meaning = scores.full, scores
     else:
         return None
@@ -228,8 +228,75 @@ def _masked(scores: Scores, given: Tensor, mask: Tensor, value: Any, step: Any) 
     return _same(given, replace(scores, bias=bias, masks=(*scores.masks, hidden)), given.dtype, *step)
 
 
+def _joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Scores with a column of sink logits behind them: `cat([scores, sinks], -1)`."""
+    given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+    parts = given.get("tensors")
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or given.get("dim") not in (-1, 3) or len(given) != 2:
+        return None
+    scores, sinks = scores_of(parts[0]), parts[1]
+    if scores is None or scores.flat or scores.weights or scores.sinks is not None or isinstance(sinks, Lazy):
+        return None
+    *rows, tokens = scores.full
+    if tuple(sinks.shape) != (*rows, 1) or sinks.dtype not in QUANTISABLE:
+        return None
+    # One number a head, which `expand` repeats for rows of the batch and for positions.
+    if (sinks.stride(0) and sinks.shape[0] > 1) or (sinks.stride(2) and sinks.shape[2] > 1):
+        return None
+
+    def join(*both: Tensor) -> Tensor:
+        return torch.cat(both, dim=-1)
+
+    meaning = replace(scores, sinks=sinks[0, :, 0, 0], column=True)
+    dtype = torch.promote_types(parts[0].dtype, sinks.dtype)
+    return Deferred.make(meaning, (*rows, tokens + 1), dtype, (join, tuple(parts), {}))
+
+
+def _cut(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Weights without the column of the sinks: `weights[..., :-1]`."""
+    scores = scores_of(args[0])
+    if scores is None or not (scores.weights and scores.column) or args[1] != (Ellipsis, slice(None, -1)):
+        return None
+    return Deferred.make(replace(scores, column=False), scores.full, args[0].dtype, (func, args, kwargs), view=True)
+
+
+def _largest(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The largest score of each row, and where it is: `max(dim=-1, keepdim=True)`."""
+    scores = scores_of(args[0])
+    given = dict(zip(("dim", "keepdim"), args[1:], strict=False)) | kwargs
+    if (
+        scores is None
+        or scores.weights
+        or given not in ({"dim": -1, "keepdim": True}, {"dim": args[0].dim() - 1, "keepdim": True})
+    ):
+        return None
+    shape, names = (*args[0].shape[:-1], 1), (("values", args[0].dtype), ("indices", torch.int64))
+    found = [
+        Deferred.make(
+            Largest(scores) if name == "values" else None,
+            shape,
+            dtype,
+            (lambda x, name=name: getattr(torch.max(x, -1, keepdim=True), name), args[:1], {}),
+        )
+        for name, dtype in names
+    ]
+    return torch.return_types.max(tuple(found))  # type: ignore[arg-type]
+
+
+def _minus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Minus the largest of each row, which changes no weight."""
+    if len(args) != 2 or kwargs or not isinstance(args[1], Deferred):
+        return None
+    scores, other = scores_of(args[0]), args[1].node.meaning
+    if scores is None or not isinstance(other, Largest) or other.scores is not scores:
+        return None
+    return _same(args[0], scores, args[0].dtype, func, args, kwargs)
+
+
 def _at_least(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The larger of scores and a number that weighs nothing."""
+    """The larger of scores and a number that weighs nothing; or the largest of each row."""
+    if "dim" in kwargs or (len(args) > 1 and isinstance(args[1], int)):
+        return _largest(func, args, kwargs)
     if len(args) != 2 or kwargs:
         return None
     scores, number = scores_of(args[0]), _number(args[1])
@@ -260,7 +327,14 @@ def _attention(weights: Scores, part: Part, func: Callable[..., Any], args: tupl
     """The last product: attention itself."""
     value, key = part.handle, weights.key
     alike = value.layer is key.layer and value.kind == VALUES and value.repeats == key.repeats and value.epoch == key.epoch
-    if not alike or not weights.weights or part.transposed or part.flat != weights.flat or args[0].dtype != args[1].dtype:
+    if (
+        not alike
+        or not weights.weights
+        or weights.column
+        or part.transposed
+        or part.flat != weights.flat
+        or args[0].dtype != args[1].dtype
+    ):
         return None
     from . import attention  # which needs Handle: imported when used
 
@@ -281,8 +355,9 @@ def _attention(weights: Scores, part: Part, func: Callable[..., Any], args: tupl
         return found.reshape(*weights.full[:3], -1)
 
     call = attention.AttentionCall(
-        query, key, value, bias, scale=scale, enable_gqa=key.repeats > 1, softcap=softcap, as_written=as_written
-    )
+        query, key, value, bias, scale=scale, enable_gqa=key.repeats > 1, softcap=softcap, sinks=weights.sinks,
+        as_written=as_written,
+    )  # fmt: skip
     found = attention.attend(call).to(args[1].dtype)
     return found.flatten(0, 1) if weights.flat else found
 
@@ -302,6 +377,9 @@ def _rules() -> dict[Any, Callable[..., Tensor | None]]:
         **dict.fromkeys((torch.tanh, t.tanh, F.tanh), _tanh),
         **dict.fromkeys((torch.masked_fill, t.masked_fill), _fill),
         torch.where: _where,
+        **dict.fromkeys((torch.cat, torch.concat), _joined),
+        t.__getitem__: _cut,
+        **dict.fromkeys((torch.sub, t.sub, t.__sub__), _minus),
         **dict.fromkeys((torch.max, torch.maximum, t.max, t.maximum), _at_least),
         **dict.fromkeys((F.softmax, torch.softmax, t.softmax), _softmax),
         **dict.fromkeys((F.dropout, torch.dropout), _dropout),

@@ -144,7 +144,18 @@ def in_place(x: Inputs, keys: Tensor, values: Tensor) -> Tensor:
     return torch.softmax(scores, dim=3) @ values
 
 
-PATTERNS = [eager, capped, widened_first, where_masked, filled, filled_twice, flat_bmm, added_product, in_place]
+def with_sinks(x: Inputs, keys: Tensor, values: Tensor) -> Tensor:
+    """As gpt-oss: a logit a head that attends to nothing, and the largest score taken off."""
+    scores = torch.matmul(x.query, keys.transpose(2, 3)) * WIDTH**-0.5 + x.mask
+    logits = torch.tensor([0.5, -1.0, 3.0, 0.0], dtype=x.query.dtype)
+    sinks = logits.reshape(1, -1, 1, 1).expand(x.query.shape[0], -1, x.query.shape[-2], -1)
+    scores = torch.cat([scores, sinks], dim=-1)
+    scores = scores - scores.max(dim=-1, keepdim=True).values
+    weights = F.softmax(scores, dim=-1, dtype=scores.dtype)[..., :-1]
+    return torch.matmul(F.dropout(weights, p=0.1, training=False).to(values.dtype), values)
+
+
+PATTERNS = [eager, capped, widened_first, where_masked, filled, filled_twice, flat_bmm, added_product, in_place, with_sinks]
 by_name = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.__name__)
 Pattern = Callable[[Inputs, Tensor, Tensor], Tensor]
 
@@ -206,6 +217,9 @@ UNKNOWN: dict[str, Callable[[Inputs, Tensor, Tensor], Any]] = {
     "values in place of keys": lambda x, k, v: torch.softmax(x.query @ v.mT, -1) @ v,
     "keys in place of values": lambda x, k, v: torch.softmax(x.query @ k.mT, -1) @ k,
     "a sink column": lambda x, k, v: torch.softmax(torch.cat([x.query @ k.mT, x.query[..., :1]], -1), -1)[..., :-1] @ v,
+    "largest of another": lambda x, k, v: torch.softmax(x.query @ k.mT - (x.query @ v.mT).max(-1, keepdim=True).values, -1) @ v,
+    "where the largest is": lambda x, k, v: (x.query @ k.mT).max(dim=-1, keepdim=True).indices,
+    "a column of a mask": lambda x, k, v: torch.cat([x.query @ k.mT, x.mask[..., :1].expand(-1, 4, -1, -1)], -1).softmax(-1),
     "einsum": lambda x, k, v: torch.einsum("abcd,abde->abce", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", x.query, k), 3), v),
     "dropout": lambda x, k, v: F.dropout(torch.softmax(x.query @ k.mT, -1), 0.5, True) @ v,
     "scores": lambda x, k, v: (x.query @ k.mT).sum(-1),
