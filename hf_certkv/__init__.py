@@ -19,10 +19,12 @@ from .errors import (
     HostMemoryError,
     InputError,
     MissingDependencyError,
+    PeerFailedError,
     StaleHandleError,
     UnsupportedModelError,
 )
 from .hooks import attach, detach
+from .parallel import gather_report
 from .report import CertificateReport, MemoryReport
 
 __version__ = "0.1.0"
@@ -43,10 +45,12 @@ __all__ = [
     "InputError",
     "MemoryReport",
     "MissingDependencyError",
+    "PeerFailedError",
     "StaleHandleError",
     "UnsupportedModelError",
     "attach",
     "detach",
+    "gather_report",
     "register",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -35,6 +35,7 @@ class AttentionCall:
         scaling: the softmax scale; softcap: c of c*tanh(score/c), or None; sinks: sink logits `[query_heads]`, or None.
         as_written: what the model itself computes on the originals, `[batch, query_heads, positions, value channels]`, where it
             writes attention out (written_out.py), or None.
+        original: the call without a mask for tokens that the layer holds and does not show, where this one has it.
     """
 
     query: Tensor
@@ -48,6 +49,7 @@ class AttentionCall:
     softcap: float | None = None
     sinks: Tensor | None = None
     as_written: Callable[[], Tensor] | None = None
+    original: AttentionCall | None = None
 
     @property
     def scaling(self) -> float:
@@ -116,7 +118,7 @@ def attend(call: AttentionCall) -> Tensor:
     layer = certifiable(call)
     if layer is not None:
         with layer.cache.step_guard():
-            return _decode().certified_decode(layer, call)
+            return _decode().certified_decode(layer, _over_all(layer, call))
     owner = handles[0].layer.cache if handles else None
     guards = (nullcontext(), nullcontext()) if owner is None else (owner.step_guard(), owner.ranks.together())
     with guards[0], guards[1]:
@@ -167,10 +169,21 @@ def certifiable(call: AttentionCall) -> CertifiedLayer | None:
         return None
     if query.shape[3] != layer.widths[0] or query.device != layer.device or call.dropout or call.is_causal:
         return None
-    if call.mask is not None and not _mask_fits(call.mask, query, layer.sequence_length):
+    if call.mask is not None and not _mask_fits(call.mask, query, key.length):
         return None
     positions = 1 if is_packed(layer, call) else query.shape[2]
     return layer if positions <= layer.config.certify_queries else None
+
+
+def _over_all(layer: CertifiedLayer, call: AttentionCall) -> AttentionCall:
+    """The call over all tokens that a layer holds: those that it does not show are masked."""
+    if not layer.hidden:
+        return call
+    mask = call.mask
+    if mask is None:
+        mask = torch.ones(1, layer.sequence_length - layer.hidden, dtype=torch.bool, device=layer.device)
+    old = mask.new_full((*mask.shape[:-1], layer.hidden), False if mask.dtype == torch.bool else -torch.inf)
+    return replace(call, mask=torch.cat([old, mask], dim=-1), original=call)
 
 
 def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:

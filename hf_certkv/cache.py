@@ -8,15 +8,25 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from . import device_decode
 from .certificate import Recorder
 from .config import CertKVConfig
-from .errors import CachePicklingError, CacheStateError, ConfigError, MissingDependencyError, UnsupportedModelError
+from .configs import layer_config
+from .errors import (
+    CachePicklingError,
+    CacheStateError,
+    ConfigError,
+    MissingDependencyError,
+    PeerFailedError,
+    UnsupportedModelError,
+)
 from .interrupts import uninterrupted
 from .kernels import cpu
+from .layer_kinds import certified_kind
 from .layers import CertifiedLayer
+from .parallel import ranks_of
 from .report import CertificateReport, MemoryReport
 from .scrub import ScrubReport, scrub_layer
 from .steps import JOURNAL, StepJournal
@@ -25,15 +35,17 @@ from .steps import JOURNAL, StepJournal
 class CertifiedQuantizedCache(StepJournal, Cache):
     """A transformers cache with INT8 keys and INT4 or INT8 values whose attention outputs are certified or dense.
 
-    Every full-attention layer is quantised; the originals lie in host memory. Per decode step and head the distance of the
-    returned attention output from exact attention over the originals *of this run* is proven to be within
-    `atol + rtol * ||output||_2`, or the head is recomputed densely (docs/certificate.md). Other layer types (sliding
-    windows, linear attention, ...) keep transformers' own exact layers. Not for use by two threads at a time.
+    Every full-attention layer is quantised, and sliding ones with `certify_sliding`; the originals lie in host memory. Per
+    decode step and head the distance of the returned attention output from exact attention over the originals *of this run*
+    is proven to be within `atol + rtol * ||output||_2`, or the head is recomputed densely (docs/certificate.md). Other
+    layer types (linear attention, latents, ...) keep transformers' own exact layers. Not for use by two threads at a time.
 
     Args:
         config: the model's config (`model.config`), or the model itself.
         model: the model, to put prefetch hooks on it (hooks.py); `config` may then be left out.
         settings: a `CertKVConfig`, for everything at once.
+        process_group: of the ranks that share the heads of each layer, where transformers did not split the model itself
+            (parallel.py). Never that of data-parallel processes.
         **changes: single settings of `CertKVConfig`, e.g. `rtol=0.02`.
 
     Raises:
@@ -53,8 +65,10 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         *,
         model: PreTrainedModel | None = None,
         settings: CertKVConfig | None = None,
+        process_group: Any = None,
         **changes: Any,
     ) -> None:
+        whole = config if isinstance(config, PreTrainedModel) else model
         if isinstance(config, PreTrainedModel):
             config = config.config
         if config is None and model is not None:
@@ -72,6 +86,7 @@ class CertifiedQuantizedCache(StepJournal, Cache):
             raise MissingDependencyError(
                 "kernel='triton' needs triton: `pip install 'hf_certkv[gpu]'`, or leave kernel='auto'."
             )
+        self.ranks = ranks_of(config, whole, process_group)
         self.recorder = Recorder(full=self.settings.record == "full")
         self._begin_journal()
         self._warned: set[str] = set()
@@ -91,7 +106,6 @@ class CertifiedQuantizedCache(StepJournal, Cache):
                 f"{type(config).__name__} is an encoder-decoder model, whose cross-attention reads the cache directly. Use "
                 "transformers' EncoderDecoderCache."
             )
-        text = config.get_text_config(decoder=True)
         try:
             layers = DynamicCache(config=config).layers
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -101,11 +115,8 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         if not layers:
             raise UnsupportedModelError(f"{type(config).__name__} says nothing about its layers (num_hidden_layers).")
         # Multi-head latent attention calls itself full attention, but caches latents: it stays exact.
-        latent = getattr(text, "kv_lora_rank", None) is not None
-        picked = [
-            CertifiedLayer(self.settings, i, self) if type(layer) is DynamicLayer and not latent else layer
-            for i, layer in enumerate(layers)
-        ]
+        latent = [getattr(layer_config(config, i), "kv_lora_rank", None) is not None for i in range(len(layers))]
+        picked = [layer if latent[i] else certified_kind(layer, self.settings, i, self) for i, layer in enumerate(layers)]
         if not any(isinstance(layer, CertifiedLayer) for layer in picked):
             warnings.warn(
                 f"No layer of {type(config).__name__} is full attention over keys and values: all stay exact in transformers' "
@@ -134,9 +145,16 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         Raises:
             InputError, GradientError, HostMemoryError: all layers are as they were before the step.
             CacheStateError: the layers of one step do not hold the same number of tokens.
+            PeerFailedError: another rank of a tensor-parallel model failed; all layers are as they were before the step.
         """
         with self._one_thread():
-            return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+            try:
+                with self.ranks.together(wait=key_states.shape[-2:-1] != (1,)):
+                    return self._update(key_states, value_states, layer_idx, *args, **kwargs)
+            except PeerFailedError:  # nothing has failed here
+                with uninterrupted():
+                    self._undo_step()
+                raise
 
     def _update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -37,6 +37,7 @@ from .cli_base import (
     write_json,
 )
 from .cli_bench import bench
+from .cli_matrix import matrix
 from .cli_verify import verify
 
 app = typer.Typer(
@@ -223,6 +224,7 @@ def _generate(
 
 app.command()(verify)
 app.command()(bench)
+app.command()(matrix)
 
 
 @app.command()

@@ -71,6 +71,8 @@ class CertKVConfig:
             CPU; on CUDA what fits into 4 % of a dense cache's bytes.
         exact_below: caches of at most this many tokens are not quantised at all.
         certify_queries: calls with more new tokens than this (prefill chunks) are computed exactly from the originals.
+        certify_sliding: quantise layers of sliding or chunked attention too, certified within their window. They are small:
+            without, they stay exact in transformers' own layers.
         max_rounds: promotion rounds before a head is recomputed densely.
         dense_head_share: a head is recomputed densely when promoting would move more than this share of its originals.
         dense_layer_share: the whole layer is recomputed densely when more than this share of its heads is.
@@ -102,6 +104,7 @@ class CertKVConfig:
     hot_blocks: int | None = None
     exact_below: int = 256
     certify_queries: int = 16
+    certify_sliding: bool = False
     max_rounds: int = 4
     dense_head_share: float = 0.5
     dense_layer_share: float = 0.5

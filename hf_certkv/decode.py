@@ -23,6 +23,7 @@ from .errors import FaultyMemoryError
 from .handle import KEYS, VALUES
 from .layers import CertifiedLayer
 from .paper import paper_promotions
+from .parallel import ALONE
 from .precision import full_precision
 from .recording import settled_record, step_record
 from .scrub import BlocksRepairedError, require_intact
@@ -49,7 +50,8 @@ def certified_decode(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
 def _repeat(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     for _ in range(MOST_REPAIRS):
         try:
-            return _attempt(layer, call)
+            with layer.cache.ranks.together():
+                return _attempt(layer, call)
         except BlocksRepairedError:  # whatever was computed from damaged blocks is thrown away
             continue
     raise FaultyMemoryError(
@@ -60,8 +62,9 @@ def _repeat(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
 
 def _attempt(layer: CertifiedLayer, call: AttentionCall) -> Tensor:
     config, step = layer.config, None
-    exactly = config.certified and config.rtol == 0 and config.atol == 0
+    exactly = config.exactly
     if not exactly and device_decode.supports(layer, call):
+        layer.cache.ranks.close()  # head by head, and without waiting: nothing to agree on
         return device_decode.decode(layer, call)
     if call.mask is None and not exactly:
         # The CPU kernel does without torch's products, and so without the guard, unless there is more to do.
@@ -108,10 +111,11 @@ class DecodeStep(CertifiedPass):
         # have the rounding bound only; `finish` looks again when the dense outputs are there.
         served = torch.where(self.dense.unsqueeze(-1), dense_bound(self, self.norm), self.bound)
         bound, norm = self.by_position(served), self.by_position(self.norm)
-        budget = ladder.head_budget(config.rtol, config.atol, norm.square().sum(dim=-1).sqrt())
-        together = bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
+        every_bound, every_norm = self.layer.cache.ranks.heads(bound, norm)
+        budget = ladder.head_budget(config.rtol, config.atol, every_norm.square().sum(dim=-1).sqrt())
+        together = every_bound.square().sum(dim=-1).sqrt() * bounds.OUTWARD
         met = bounds.meets(together, budget)
-        level = ladder.water_level(bound.flatten(0, 1), budget.flatten()).view_as(budget)
+        level = ladder.water_level(every_bound.flatten(0, 1), budget.flatten()).view_as(budget)
         admits = bounds.meets(bound, level.unsqueeze(-1)) & torch.isfinite(budget).unsqueeze(-1)
         within = met.unsqueeze(-1) | admits
         return self.by_row(within), self.by_row(level.unsqueeze(-1).expand_as(bound))
@@ -131,14 +135,16 @@ class DecodeStep(CertifiedPass):
             paper_promotions(self)
         else:  # until a round finds otherwise
             self.met_at_once.fill_(True)
+        ranks = self.layer.cache.ranks if self.config.scope == "layer" else ALONE  # who must go through rounds together
         for _ in range(self.config.max_rounds):
             met, target = self.targets()
             failing = ~met & ~self.dense.unsqueeze(-1)
-            if not bool(failing.any()):
+            here = bool(failing.any())
+            if not ranks.any(here):
                 self.settled = bool(met.all()) and not bool(self.dense.any())
                 return
             self.met_at_once &= ~failing
-            if not self._promote(failing, target):
+            if not ranks.any(here and self._promote(failing, target)):
                 break
         met, _ = self.targets()
         self.dense |= (~met).any(dim=-1)
@@ -246,13 +252,14 @@ class DecodeStep(CertifiedPass):
 
     def finish(self) -> Tensor:
         """Dense rungs for what is not certified, audit, record; the output in the call's shape."""
-        batch = self.shape[0]
+        batch, ranks = self.shape[0], self.layer.cache.ranks
+        dense_share = ranks.dense_share(self)
         if self.at_once and self.fused is not None:
             self._note(lambda: settled_record(self))
             return self.fused.result.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
         if self.settled:
             output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
-        elif self.whole_layer or float(self.dense.float().mean()) > self.config.dense_layer_share:
+        elif self.whole_layer or dense_share > self.config.dense_layer_share:
             output = dense_layer(self)
         else:
             for row, head in self.dense.nonzero().tolist():
@@ -261,7 +268,7 @@ class DecodeStep(CertifiedPass):
             output = self.output.reshape(batch, self.call.query.shape[1], -1, self.shape[3])
             # A budget that heads share is met only together with what the dense ones turned out to be.
             met = self.targets()[0] | self.dense.unsqueeze(-1) | (not self.config.certified)
-            if not bool(met.all()):
+            if ranks.any(not bool(met.all())):
                 output = dense_layer(self)
         if self.whole_layer:
             self._close_bounds()

@@ -20,7 +20,7 @@ def dense_layer(step: DecodeStep) -> Tensor:
 
     Raises: CorruptedPageError: the originals cannot be trusted.
     """
-    call = step.call
+    call = step.call.original or step.call
     step.whole_layer = True
     step.dense.fill_(True)
     assert isinstance(call.key, Handle) and isinstance(call.value, Handle)

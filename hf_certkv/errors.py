@@ -33,6 +33,10 @@ class FaultyMemoryError(CertKVError, RuntimeError):
     """A quantised block was damaged, and what was written to repair it did not stay as written."""
 
 
+class PeerFailedError(CertKVError, RuntimeError):
+    """Another rank of a tensor-parallel model failed in this step, or cannot be reached; this rank has undone the step too."""
+
+
 class StaleHandleError(CertKVError, RuntimeError):
     """Keys or values returned by `update` were used after the cache was cropped, reordered or reset."""
 

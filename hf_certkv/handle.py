@@ -63,11 +63,13 @@ class Lazy(Tensor):
 class Handle(Lazy):
     """Keys or values of a `CertifiedLayer`, without storage.
 
-    Attributes: layer; kind (KEYS or VALUES); length: tokens it stands for; epoch: the layer's when it was made; repeats: how
-    often each KV head is repeated; pending: the shape is `[batch, kv_heads, repeats, tokens, channels]`, on its way there.
+    Attributes: layer; kind (KEYS or VALUES); first, length: of the layer's tokens it stands for; epoch: the layer's when it was
+        made; repeats: how often each KV head is repeated; pending: the shape is `[batch, kv_heads, repeats, tokens, channels]`,
+        on its way there.
     """
 
     kind: int
+    first: int
     length: int
     epoch: int
     repeats: int
@@ -75,25 +77,28 @@ class Handle(Lazy):
 
     @classmethod
     def make(cls, layer: CertifiedLayer, kind: int) -> Handle:
-        """A handle for everything that `layer` holds now."""
-        return cls._make(layer, kind, layer.sequence_length, layer.epoch, 1, False)
+        """A handle for everything that `layer` shows now."""
+        place = (layer.hidden, layer.sequence_length - layer.hidden)
+        return cls._make(layer, kind, place, layer.epoch, 1, False)
 
     @classmethod
-    def _make(cls, layer: CertifiedLayer, kind: int, length: int, epoch: int, repeats: int, pending: bool) -> Handle:
+    def _make(cls, layer: CertifiedLayer, kind: int, place: tuple[int, int], epoch: int, repeats: int, pending: bool) -> Handle:
+        first, length = place
         middle = (layer.heads, repeats) if pending else (layer.heads * repeats,)
         shape = (layer.batch, *middle, length, layer.widths[kind])
         handle: Handle = Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.device)
-        handle.layer, handle.kind, handle.length, handle.epoch = layer, kind, length, epoch
+        handle.layer, handle.kind, handle.first, handle.length, handle.epoch = layer, kind, first, length, epoch
         handle.repeats, handle.pending = repeats, pending
         return handle
 
     def _with(self, repeats: int, pending: bool) -> Handle:
-        return self._make(self.layer, self.kind, self.length, self.epoch, repeats, pending)
+        return self._make(self.layer, self.kind, (self.first, self.length), self.epoch, repeats, pending)
 
     @property
     def is_current(self) -> bool:
         """Whether it stands for exactly what its layer holds now."""
-        return self.epoch == self.layer.epoch and self.length == self.layer.sequence_length
+        layer = self.layer
+        return self.epoch == layer.epoch and (self.first, self.first + self.length) == (layer.hidden, layer.sequence_length)
 
     def materialise(self) -> Tensor:
         """The exact originals that this handle stands for, in its shape.
@@ -106,7 +111,7 @@ class Handle(Lazy):
                 "reordered, selected from or reset. Use those that the latest `update` returned."
             )
         with self.layer.cache.step_guard():
-            plain = self.layer.materialise(self.kind, self.length)
+            plain = self.layer.materialise(self.kind, self.first + self.length)[:, :, self.first :]
         if self.repeats > 1 or self.pending:
             batch, heads, tokens, channels = plain.shape
             plain = plain[:, :, None, :, :].expand(batch, heads, self.repeats, tokens, channels)

@@ -37,7 +37,7 @@ class CertKVHook(ModelHook):
         layers = self.cache.layers
         following = layers[(self.layer_idx + 1) % len(layers)]
         if kwargs.get("past_key_values") is self.cache and isinstance(following, CertifiedLayer):
-            with self.cache.step_guard():
+            with self.cache.step_guard(), self.cache.ranks.together(wait=False):
                 following.prefetch()
         return args, kwargs
 

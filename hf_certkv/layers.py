@@ -44,6 +44,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
     is_croppable = True
     is_compileable = False
     supports_early_init = False
+    hidden = 0  # tokens held that are not shown: they are too old to be attended to
 
     def __init__(self, config: CertKVConfig, layer_idx: int, cache: CertifiedQuantizedCache) -> None:
         self.config, self.layer_idx = config, layer_idx
@@ -161,7 +162,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         if was_empty:
             return key_states, value_states
         if self.store.blocks == 0:
-            return self.materialise(KEYS), self.materialise(VALUES)
+            return self.materialise(KEYS)[:, :, self.hidden :], self.materialise(VALUES)[:, :, self.hidden :]
         return Handle.make(self, KEYS), Handle.make(self, VALUES)
 
     def checkpoint(self) -> Callable[[], None]:

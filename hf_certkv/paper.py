@@ -42,9 +42,10 @@ def paper_promotions(step: DecodeStep) -> None:
     if depth == 0:
         return
     moved = ladder.ranking_changed(before, step.mass, depth) | ladder.boundary_open(step.mass, shift, selected)
-    if bool(moved.any()):
+    any_moved, widest = step.layer.cache.ranks.most(int(moved.any()), int(selected.sum(-1).amax()))
+    if any_moved:
         twice = min(2 * config.paper_k_max, step.blocks)
-        wider = ladder.coverage(step.mass, config.paper_tau_cov, 2 * int(selected.sum(-1).amax()), twice)
+        wider = ladder.coverage(step.mass, config.paper_tau_cov, 2 * widest, twice)
         wider &= moved.any(dim=-1, keepdim=True)
         step.raise_to(torch.where(wider, two, step.key_level), step.value_level)
 

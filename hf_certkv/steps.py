@@ -13,6 +13,7 @@ from .certificate import Recorder
 from .errors import CacheStateError
 from .interrupts import uninterrupted
 from .layers import CertifiedLayer
+from .parallel import Alone
 from .precision import guards_open, leave_all_but
 
 # Attributes that a copy does not take over.
@@ -24,6 +25,7 @@ class StepJournal:
 
     layers: list[Any]
     recorder: Recorder
+    ranks: Alone
 
     def _begin_journal(self) -> None:
         self._journal: dict[int, Callable[[], None]] = {}
@@ -140,7 +142,8 @@ class StepJournal:
             self._end_step()
             before = [_everything(layer) for layer in self.layers]
             try:
-                yield
+                with self.ranks.together():
+                    yield
             except GeneratorExit:  # as in `step_guard`
                 raise
             except BaseException:
@@ -152,7 +155,8 @@ class StepJournal:
     def rollback(self) -> int:
         """Make all layers hold the same tokens again after a forward pass that ended between two of them (Ctrl-C, an error).
 
-        What only some layers hold is removed, exactly. Where nothing is amiss, nothing happens.
+        What only some layers hold is removed, exactly. Where nothing is amiss, nothing happens. Under tensor parallelism all
+        ranks must call this, and hold the same tokens afterwards.
 
         Returns: the tokens held now: go on from there.
         Raises: CacheStateError: a layer that this package does not own cannot go back; call `reset()`.
@@ -160,22 +164,21 @@ class StepJournal:
         if len(self._lengths()) > 1 and self._journal:
             with self._one_thread(), uninterrupted():
                 self._undo_step()
-        lengths = self._lengths()
-        if self._broken is None and len(lengths) > 1:
-            shortest = min(lengths)
+        broken, shortest, longest = self.ranks.extent(self._broken is not None, self._lengths())
+        if not broken and longest > shortest:
             with self._all_or_nothing():
                 if shortest == 0:  # as new, so that another batch may come
                     for layer in self.certified_layers:
                         layer.reset()
-                carry_out = [layer.prepare_crop(shortest - layer.sequence_length) for layer in self.certified_layers]
+                carry_out = [layer.prepare_crop(shortest - _length_of(layer)) for layer in self.certified_layers]
                 for i, length in self._held().items():
                     if not isinstance(self.layers[i], CertifiedLayer) and length > shortest:
                         _crop(self.layers[i], i, shortest - length)
                 with uninterrupted():
                     for part in carry_out:
                         part()
-        if self._broken is not None or len(self._lengths()) > 1:
-            why = self._broken or f"they hold {sorted(self._lengths())} tokens"
+        if broken or len(self._lengths()) > 1:
+            why = self._broken or ("another rank's" if broken else f"they hold {sorted(self._lengths())} tokens")
             raise CacheStateError(f"The layers cannot be brought to one length: {why}. Call `reset()`.")
         return max(self._lengths(), default=0)
 

@@ -65,13 +65,18 @@ class Examined:
     @property
     def full(self) -> int:
         """Layers of full attention over keys and values."""
-        return self.layers.get("CertifiedLayer", 0)
+        return sum(count for name, count in self.layers.items() if name.startswith("Certified"))
+
+    @property
+    def offered(self) -> dict[str, Found]:
+        """Modes that work with transformers' own cache."""
+        return {name: mode for name, mode in self.modes.items() if mode.status != ABSENT}
 
 
 def examine(model_type: str, modes: dict[str, Mode] | None = None, attention: str | None = None) -> Examined:
     """Build a tiny model and run it in every mode. Args: attention: implementation, or None for the model's default."""
     found = Examined(model_type)
-    with _quiet():
+    with quiet():
         try:
             model = tiny_model(tiny_config(model_type), attention=attention)
         except Exception as error:  # whatever a model's code raises is the finding
@@ -167,7 +172,7 @@ def _words(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     before = logging.get_verbosity()
