@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .compiled import outside_graphs
 from .errors import GradientError, InputError
 from .handle import KEYS, VALUES, Handle, Lazy
 from .layers import CertifiedLayer
@@ -106,6 +107,7 @@ def scaled_dot_product_attention(
     return attend(AttentionCall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
 
 
+@outside_graphs
 def attend(call: AttentionCall) -> Tensor:
     """Serve one call: certified where it can be, exact where not."""
     handles = [part for part in (call.key, call.value) if isinstance(part, Handle)]
@@ -197,10 +199,13 @@ def _mask_fits(mask: Tensor, query: Tensor, tokens: int) -> bool:
 def is_packed(layer: CertifiedLayer, call: AttentionCall) -> bool:
     """Whether transformers laid the query heads of one KV head along the position axis (a single new token, GQA).
 
-    It does so for SDPA only, which knows no sink logits.
+    It does so for SDPA only, which knows no sink logits, and for one position: the only new token, or, in layers that share
+    keys and values, the last of several, whose mask has but one row.
     """
-    query = call.query
-    return call.sinks is None and layer.new_tokens == 1 and query.shape[2] > 1 and query.shape[1] == layer.heads
+    query, mask = call.query, call.mask
+    single = layer.new_tokens == 1 or (mask is not None and mask.dim() > 1 and mask.shape[-2] == 1)
+    lone = call.sinks is None and call.as_written is None and single
+    return lone and query.shape[2] > 1 and query.shape[1] == layer.heads
 
 
 # What a model may pass that attention need not act on: bookkeeping, and what its mask already says.

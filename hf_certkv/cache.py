@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from . import device_decode
 from .certificate import Recorder
+from .compiled import outside_graphs
 from .config import CertKVConfig
 from .configs import layer_config
 from .errors import (
@@ -135,6 +136,7 @@ class CertifiedQuantizedCache(StepJournal, Cache):
                 stacklevel=3,
             )
 
+    @outside_graphs
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

@@ -140,6 +140,12 @@ class Distribution:
         if figures is not None:
             self.count, self.total, self.largest, self.bins = figures
 
+    def widen(self, more: int) -> None:
+        """Have so many more heads, of which nothing was measured."""
+        self.heads += more
+        self.count, self.total, self.largest = (np.pad(part, (0, more)) for part in (self.count, self.total, self.largest))
+        self.bins = np.pad(self.bins, ((0, more), (0, 0)))
+
     def merge(self, other: Distribution) -> None:
         """Add another distribution of the same heads."""
         self.count, self.total = self.count + other.count, self.total + other.total
@@ -203,6 +209,25 @@ class LayerSummary:
         self.value_blocks += value_blocks
         self.bytes_moved += sum(record.bytes_moved for record in records)
         self.kernels = kernels
+
+    def add_any(self, records: list[StepRecord], heads: int) -> None:
+        """Add calls of one shape with so many heads: where layers share keys and values, another number may come."""
+        if heads > self.heads:
+            self._widen(heads)
+        if heads == self.heads:
+            self.add_all(records)
+            return
+        part = LayerSummary(heads)
+        part.add_all(records)
+        part._widen(self.heads)
+        self.merge(part)
+
+    def _widen(self, heads: int) -> None:
+        more = heads - self.heads
+        self.rungs = np.pad(self.rungs, ((0, more), (0, 0)))
+        for distribution in self.metrics.values():
+            distribution.widen(more)
+        self.heads = heads
 
     def merge(self, other: LayerSummary) -> None:
         """Add another summary of the same heads."""
@@ -340,7 +365,8 @@ class Recorder:
             waiting[: len(ready)] = found = [found_of(record) for record in ready]
             for _, alike in groupby(found, key=lambda record: record.rung.shape):
                 records = list(alike)
-                self._summaries.setdefault(layer, LayerSummary(records[0].rung.shape[1])).add_all(records)
+                heads = records[0].rung.shape[1]
+                self._summaries.setdefault(layer, LayerSummary(heads)).add_any(records, heads)
                 del waiting[: len(records)]
 
     @property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .compiled import outside_graphs
 from .errors import InputError
 from .handle import METADATA, Handle, Lazy, all_plain, carried_out, writes
 
@@ -162,6 +163,7 @@ class Deferred(Lazy):
         return self
 
     @classmethod
+    @outside_graphs
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from .compiled import outside_graphs
 from .errors import CachePicklingError, InputError, StaleHandleError
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class Handle(Lazy):
         return None
 
     @classmethod
+    @outside_graphs
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -409,3 +409,16 @@ def test_a_handle_as_query_is_exact() -> None:
     keys, values = made.plain
     actual = F.scaled_dot_product_attention(made.keys, made.keys, made.values)
     assert torch.equal(actual, F.scaled_dot_product_attention(keys, keys, values))
+
+
+def test_a_packed_last_position_of_several_new_tokens_is_one_position() -> None:
+    """Layers that share keys and values may attend with the last position alone, its query heads along the position axis."""
+    made = Made(audit=True, rtol=0.05)
+    made.bare.update(*random_states(5, batch=2, seed=8))
+    keys, values = made.bare.update(*random_states(5, batch=2, seed=9))
+    mask = torch.ones(1, 1, 1, TOKENS + 10, dtype=torch.bool)
+    packed = torch.randn(2, 2, 2, 64)
+    F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)
+    made.bare.update(*random_states(1, batch=2, seed=10))
+    record = made.bare.cache.recorder.layers[0]
+    assert record.heads == 4 and record.to_dict()["head_steps"] == 2 * 4

@@ -617,3 +617,26 @@ def test_naive_records_say_uncertified() -> None:
     assert report["certified"] is False
     assert report["overall"]["rungs"]["uncertified"] == report["overall"]["head_steps"] == 2 * HEADS * (STEPS - 1)
     assert "UNCERTIFIED" in str(cache.report())
+
+
+@given(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=8), st.integers(0, 99))
+def test_calls_with_other_numbers_of_heads_are_added(heads: list[int], seed: int) -> None:
+    """As in layers that share keys and values: each head's figures are those of the calls that had it."""
+    records = [records_of(seed + i, 1, count)[0] for i, count in enumerate(heads)]
+    summary, alone = LayerSummary(heads[0]), []
+    for count, record in zip(heads, records, strict=True):
+        summary.add_any([record], count)
+        alone.append(LayerSummary(count))
+        alone[-1].add(record)
+    assert summary.heads == max(heads) and summary.calls == len(heads)
+    for head in range(max(heads)):
+        parts = [part for part in alone if part.heads > head]
+        assert np.array_equal(summary.rungs[head], sum(part.rungs[head] for part in parts))
+        for name in METRICS:
+            ours, theirs = summary.metrics[name], [part.metrics[name] for part in parts]
+            assert ours.count[head] == sum(part.count[head] for part in theirs)
+            assert ours.total[head] == pytest.approx(sum(part.total[head] for part in theirs), rel=1e-12)
+            assert ours.largest[head] == max(part.largest[head] for part in theirs)
+            assert np.array_equal(ours.bins[head], sum(part.bins[head] for part in theirs))
+    assert summary.key_blocks == sum(part.key_blocks for part in alone)
+    assert summary.bytes_moved == sum(part.bytes_moved for part in alone)

@@ -127,13 +127,13 @@ def examine_mode(model: PreTrainedModel, mode: Mode) -> Found:
             return Found(WRONG, _difference(actual, expected))
         cache = _Counting(model.config, settings=SETTINGS, audit=True)
         mode(model, cache)
+        return _judge(cache)
     except CertificateViolation as error:
         return Found(WRONG, _words(error))
     except CertKVError as error:
         return Found(REFUSED, _words(error))
     except Exception as error:  # whatever it is, it must not be
         return Found(CRASHED, _words(error))
-    return _judge(cache)
 
 
 def _judge(cache: _Counting) -> Found:

@@ -28,6 +28,8 @@ def kinds() -> list[str]:
         for model_type in architectures():
             try:
                 config = tiny_config(model_type)
+                if config.get_text_config(decoder=True) is not config:
+                    continue  # its text part has a name of its own
                 layers = CertifiedQuantizedCache(config).layers
             except Exception:  # those are looked at by the whole matrix
                 continue
@@ -38,7 +40,7 @@ def kinds() -> list[str]:
 def _traits(config: PreTrainedConfig) -> tuple[Any, ...]:
     """What decides which attention a model calls, and how."""
     text = config.get_text_config(decoder=True)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config)) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text))
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     names = ("attn_logit_softcapping", "sinks", "alibi", "kv_lora_rank")
     known = [bool(text.to_dict().get(name)) for name in names]
     return (bool(getattr(model, "_supports_sdpa", False)), *known)
