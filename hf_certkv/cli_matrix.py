@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +51,6 @@ def matrix(
         if quick and model_type:
             fail("--quick chooses the architectures: leave --model-type out.")
         chosen = list(model_type or (kinds() if quick else known))
-        start = time.perf_counter()
         with messages().status("starting") as status:
             done = 0
 
@@ -66,8 +64,7 @@ def matrix(
         if json_file is not None:
             write_json(json_file, result)
         if markdown is not None:
-            took = f"{(time.perf_counter() - start) / 60:.0f} minutes in {workers} process(es)"
-            markdown.expanduser().write_text(page(result, took), encoding="utf-8")
+            markdown.expanduser().write_text(page(result), encoding="utf-8")
     if result["summary"]["failures"]:
         raise typer.Exit(1)
 

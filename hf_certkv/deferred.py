@@ -111,10 +111,12 @@ class _Storage:
 class Deferred(Lazy):
     """The result of operations on handles that have not been carried out.
 
-    Attributes: layer: whose handles; node; shared: with its views; version: of what is shared, that it shows.
+    Attributes: layer: whose handles; owner: its cache, which lives as long as this; node; shared: with its views; version: of
+        what is shared, that it shows.
     """
 
     layer: CertifiedLayer
+    owner: Any
     node: Node
     shared: _Storage
     version: int
@@ -127,7 +129,7 @@ class Deferred(Lazy):
         func, args, kwargs = step
         layer = next(part.layer for part in args if isinstance(part, Lazy))
         made: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
-        made.layer = layer
+        made.layer, made.owner = layer, layer.cache
         # Arguments as they are now: who writes into one later does not change this.
         made.node = Node(func, tuple(arg.node if isinstance(arg, Deferred) else arg for arg in args), kwargs, meaning)
         made.shared = args[0].shared if view and isinstance(args[0], Deferred) else _Storage()
@@ -140,6 +142,11 @@ class Deferred(Lazy):
         Raises: StaleHandleError: the layer was cropped, reordered or reset meanwhile; CorruptedPageError.
         """
         return self.node.carry_out()
+
+    def settle(self) -> None:
+        """Carry the operations out now: the layer is about to change."""
+        plain = self.materialise()
+        self.node = Node(lambda: plain, (), {}, None)
 
     def overwrite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
         """Carry out an operation that writes into this. Raises: InputError: it would write into the cache."""

@@ -51,6 +51,10 @@ class CertifiedSlidingLayer(CertifiedLayer):
         """Tokens held after one prefill of `length`."""
         return length - self.start_of(length)
 
+    def dense_tokens(self, length: int) -> int:
+        """Tokens that transformers' own layer holds: a window without the next token."""
+        return min(length, self.sliding_window - 1)
+
     def get_seq_length(self) -> int:
         """Tokens that this layer was given."""
         return self.dropped + self.sequence_length
@@ -87,6 +91,7 @@ class CertifiedSlidingLayer(CertifiedLayer):
         cut = start - self.dropped
         if cut <= 0:
             return
+        self.settle()
         keys, values = (self.materialise(kind)[:, :, cut:] for kind in (KEYS, VALUES))
         before, epoch = dict(self.__dict__), self.epoch
         try:

@@ -52,6 +52,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         self.key_codec = KeyCodec(refine=config.refine != "off")
         self.value_codec = ValueCodec(config.value_bits, config.value_scale_channels, refine=config.refine != "off")
         self.epoch = 0
+        self._lent: list[weakref.ref[Any]] = []
         self._memo = BlockMemo()
         super().__init__()
         self._clear()
@@ -222,6 +223,18 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         """What `compute` gives, kept as long as the finished blocks stay as they are: views, small numbers (memo.py)."""
         return self._memo.get(self.store, name, compute)
 
+    def lend(self, weights: Any) -> None:
+        """Note attention weights that have not been computed and that somebody may still look at: `settle` computes them."""
+        self._lent = [*(known for known in self._lent if known() is not None), weakref.ref(weights)]
+
+    def settle(self) -> None:
+        """What was lent and is still there is computed: the tokens that it stands for are about to change."""
+        for known in self._lent:
+            weights = known()
+            if weights is not None:
+                weights.settle()
+        self._lent = []
+
     def forget(self) -> None:
         """Drop all that `memo` keeps: finished blocks are about to change, or to be replaced."""
         self._memo.clear()
@@ -255,6 +268,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
             )
         if tokens_to_remove == 0 or not self.is_initialized:
             return lambda: None
+        self.settle()
         length = self.sequence_length + tokens_to_remove
         if length < 0:
             raise InputError(
@@ -281,6 +295,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens and give their memory back; the layer can be used for another batch."""
+        self.settle()
         self._clear()
 
     def _select_batch(self, index: Tensor) -> None:
@@ -292,6 +307,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         index = torch.where(index < 0, index + self.batch, index)
         if index.tolist() == list(range(self.batch)):
             return
+        self.settle()
         assert self.shadow is not None
         shadow, store, hot = self.shadow.selected(index), self.store.selected(index), self.hot.selected(index)
         exact = (self.exact[0].selected(index), self.exact[1].selected(index))
@@ -362,7 +378,16 @@ class CertifiedLayer(Originals, CacheLayerMixin):
         """Bytes that a dense cache of the same tokens holds, without any room."""
         if not self.is_initialized:
             return 0
-        return self.batch * self.heads * self.sequence_length * sum(self.widths) * self.dtype.itemsize
+        tokens = self.dense_tokens(self.get_seq_length())
+        return self.batch * self.heads * tokens * sum(self.widths) * self.dtype.itemsize
+
+    def held(self, length: int) -> int:
+        """Tokens held after one prefill of `length`."""
+        return length
+
+    def dense_tokens(self, length: int) -> int:
+        """Tokens that transformers' own layer holds of so many."""
+        return length
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CertifiedLayer:
         new = object.__new__(type(self))
@@ -372,8 +397,8 @@ class CertifiedLayer(Originals, CacheLayerMixin):
                 value = value.selected(torch.arange(self.batch))
             elif name == "_memo":
                 value = BlockMemo()  # views are of the buffers that were copied
-            elif name == "ahead":
-                value = None
+            elif name in ("ahead", "_lent"):
+                value = None if name == "ahead" else []
             elif name not in ("_owner", "config", "cache"):
                 value = copy.deepcopy(value, memo)
             new.__dict__[name] = value

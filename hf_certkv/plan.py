@@ -71,9 +71,10 @@ def plan_memory(
         heads, widths = layer_sizes(config, index)
         if isinstance(layer, CertifiedLayer):
             layer.dtype = dtype
-            sizes = _certified(layer, context, batch, heads, widths, torch.device(device).type == "cuda")
-            dense += batch * heads * context * sum(widths) * dtype.itemsize
-            working = max(working, _working(layer, config, index, context, batch, heads, widths))
+            held = layer.held(context)
+            sizes = _certified(layer, held, batch, heads, widths, torch.device(device).type == "cuda")
+            dense += batch * heads * layer.dense_tokens(context) * sum(widths) * dtype.itemsize
+            working = max(working, _working(layer, config, index, held, batch, heads, widths))
         else:
             sizes = {"exact_layers": _exact(layer, context, batch, heads, widths, dtype)}
             dense += sizes["exact_layers"]

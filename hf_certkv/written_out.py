@@ -359,6 +359,7 @@ def _attention(weights: Scores, part: Part, func: Callable[..., Any], args: tupl
         as_written=as_written,
     )  # fmt: skip
     found = attention.attend(call).to(args[1].dtype)
+    key.layer.lend(args[0])  # the model may return the weights
     return found.flatten(0, 1) if weights.flat else found
 
 

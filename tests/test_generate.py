@@ -70,6 +70,21 @@ def test_eager_attention_at_zero_tolerance_is_bit_identical(kind: str, dtype: to
     assert report["exact_head_steps"] == len(cache.certified_layers) * (STEPS // 2 - 1) * 4
 
 
+@pytest.mark.filterwarnings("ignore:hf_certkv. .* is computed on the exact originals:UserWarning")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "beam", "lookup"])
+def test_attention_weights_that_are_asked_for_are_exact(options: dict[str, Any]) -> None:
+    """They are computed when somebody looks at them, or when the tokens that they are of change; the cache is gone by then."""
+    model = shared_model("llama", torch.float32, "eager")
+    ids = periodic_prompt() if "prompt_lookup_num_tokens" in options else prompt(LENGTH)
+    made = [
+        generate(model, ids, 6, cache, output_attentions=True, **options).attentions
+        for cache in (DynamicCache(config=model.config), exact_cache(model))
+    ]
+    for theirs, ours in zip(*made, strict=True):
+        for their, our in zip(theirs, ours, strict=True):
+            assert torch.equal(our.clone(), their)
+
+
 @no_full_layer
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)

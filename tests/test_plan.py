@@ -157,3 +157,13 @@ def test_refuses_a_config_that_does_not_size_its_cache() -> None:
     assert uncounted_layers(config) == {0: "DynamicLayer", 1: "DynamicLayer"}
     with pytest.raises(UnsupportedModelError, match="fill a cache"):
         plan_bytes(config, 1000, 1, torch.bfloat16, CertKVConfig())
+
+
+@pytest.mark.parametrize("context", [5, 90, 200, 700])
+def test_sliding_layers_that_are_certified(context: int) -> None:
+    config = Gemma3TextConfig(
+        num_hidden_layers=4, hidden_size=64, num_attention_heads=4, num_key_value_heads=HEADS, head_dim=32, vocab_size=16,
+        sliding_window=100, layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    settings = CertKVConfig(certify_sliding=True, block_size=16, recent_window=20, exact_below=0)
+    assert_equal_to_the_byte(config, context, torch.float32, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,9 +55,12 @@ def run(
     tell: Callable[[Examined], None] = lambda found: None,
 ) -> dict[str, Any]:
     """Examine architectures, in the order given; `tell` hears of each as it is done."""
+    start = time.perf_counter()
     every = list(_examined(names, modes, workers, attention, tell))
     return {
-        "environment": describe(),
+        "machine": describe(),
+        "seconds": time.perf_counter() - start,
+        "workers": workers,
         "transformers": transformers.__version__,
         "settings": SETTINGS.to_dict(),
         "attention": attention,

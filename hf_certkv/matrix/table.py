@@ -47,8 +47,8 @@ Run it yourself: `certkv matrix --workers 2 --markdown models.md` ({took} on the
 """
 
 
-def page(result: dict[str, Any], took: str) -> str:
-    """The whole page, from what `run` returns. Args: took: in words."""
+def page(result: dict[str, Any]) -> str:
+    """The whole page, from what `run` returns."""
     sums, modes = result["summary"], result["modes"]
     words = (
         f"Of {sums['architectures']} architectures {sums['built']} were built, and {sums['with_full_attention']} of them have "
@@ -57,6 +57,7 @@ def page(result: dict[str, Any], took: str) -> str:
         f"{len(sums['failures'])} modes were wrong or crashed. {sums['head_steps']:,} certified head-steps, the largest error "
         f"{sums['worst_error_over_bound']:.2f} of its bound."
     )
+    took = f"{result['seconds'] / 60:.0f} minutes in {result['workers']} process(es)"
     parts = [HEAD.format(version=result["transformers"], sums=words, took=took)]
     columns = ["architecture", "attention", "layers", *modes, "why not"]
     parts.append(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
