@@ -37,7 +37,12 @@ class CertifiedSlidingLayer(CertifiedLayer):
     def __init__(self, config: CertKVConfig, layer_idx: int, cache: CertifiedQuantizedCache, window: int) -> None:
         self.sliding_window = window
         self.stride = config.block_size * max(1, window // (4 * config.block_size))
+        self.record_past = False
         super().__init__(config.replace(sink_blocks=0), layer_idx, cache)
+
+    def activate_past_recording(self) -> None:
+        """As in transformers: have `crop` able to undo a whole update. Without, it is all but the first."""
+        self.record_past = True
 
     def _clear(self) -> None:
         super()._clear()
@@ -48,7 +53,7 @@ class CertifiedSlidingLayer(CertifiedLayer):
         return max(0, length - (self.sliding_window - 1)) // self.stride * self.stride
 
     def held(self, length: int) -> int:
-        """Tokens held after one prefill of `length`."""
+        """Tokens held after one prefill of `length`, unless past is recorded: then all are, until the next update."""
         return length - self.start_of(length)
 
     def dense_tokens(self, length: int) -> int:
@@ -79,7 +84,7 @@ class CertifiedSlidingLayer(CertifiedLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         # Nothing is held: attention sees the new tokens as they are, of which only the last ones are kept.
         count = key_states.shape[2]
-        cut = self.start_of(before + count) - self.dropped
+        cut = 0 if self.record_past else self.start_of(before + count) - self.dropped
         if cut <= 0:
             return super().update(key_states, value_states, *args, **kwargs)
         super().update(key_states[:, :, cut:], value_states[:, :, cut:], *args, **kwargs)

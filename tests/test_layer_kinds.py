@@ -53,7 +53,8 @@ def test_it_shows_what_transformers_would_hold(window: int, steps: list[tuple[in
     """Updates of any size, each followed by a crop of drafted tokens, as in assisted decoding."""
     cache, layer = sliding_cache(window)
     theirs = DynamicSlidingWindowLayer(window)
-    theirs.activate_past_recording()
+    for each in (layer, theirs):
+        each.activate_past_recording()
     states, at = random_states(2000, seed=window), 0
     for count, back in steps:
         assert layer.get_mask_sizes(count) == theirs.get_mask_sizes(count)
@@ -180,8 +181,8 @@ def hybrids() -> tuple[CertifiedQuantizedCache, DynamicCache]:
 
 
 def assert_alike(ours: CertifiedQuantizedCache, theirs: DynamicCache) -> None:
-    assert torch.equal(ours.get_conv_state(0), theirs.get_conv_state(0))
-    assert torch.equal(ours.get_recurrent_state(0), theirs.get_recurrent_state(0))
+    for name in ("conv_states", "recurrent_states"):
+        assert torch.equal(getattr(ours.layers[0], name)[0], getattr(theirs.layers[0], name)[0])
     assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
     assert ours.get_seq_length() == theirs.get_seq_length() and ours.is_linear == theirs.is_linear == [False]
 
@@ -211,7 +212,7 @@ def test_linear_states_are_cropped_or_refuse_as_transformers_do() -> None:
             cache.crop(-1)
     assert ours.get_seq_length() == 100
     ours.reset()
-    assert ours.get_seq_length() == 0 and ours.get_conv_state(0) is None
+    assert ours.get_seq_length() == 0 and not ours.layers[0].has_previous_state[0]
     config = FalconH1Config(num_hidden_layers=1)
     states, conv = random_states(10), torch.randn(1, 6, 4)
     made = CertifiedQuantizedCache(config, settings=SMALL), DynamicCache(config=config)
@@ -222,5 +223,5 @@ def test_linear_states_are_cropped_or_refuse_as_transformers_do() -> None:
         cache.update_conv_state(torch.arange(18.0).view(1, 6, 3), 0)
         cache.update(*[part[:, :, :3] for part in states], 0)
         cache.crop(-2)
-    assert torch.equal(made[0].get_conv_state(0), made[1].get_conv_state(0))
+    assert torch.equal(made[0].layers[0].conv_states[0], made[1].layers[0].conv_states[0])
     assert torch.equal(made[0].layers[0].keys, made[1].layers[0].keys)
