@@ -111,11 +111,13 @@ def scaled_dot_product_attention(
 def attend(call: AttentionCall) -> Tensor:
     """Serve one call: certified where it can be, exact where not."""
     handles = [part for part in (call.key, call.value) if isinstance(part, Handle)]
-    if handles and torch.is_grad_enabled() and call.query.requires_grad:
+    given = (call.query, call.mask, call.sinks)
+    if handles and torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given):
         with handles[0].layer.cache.step_guard():
             raise GradientError(
-                "The query requires a gradient, and attention over a quantised cache cannot be differentiated through. Run the "
-                "model under `torch.no_grad()` (as `generate` does), or use a DynamicCache for training."
+                "The query (or a mask, or sink logits) requires a gradient, and attention over a quantised cache cannot be "
+                "differentiated through. Run the model under `torch.no_grad()` (as `generate` does), or use a DynamicCache for "
+                "training."
             )
     layer = certifiable(call)
     if layer is not None:
@@ -128,6 +130,7 @@ def attend(call: AttentionCall) -> Tensor:
         assert query is not None
         if handles:
             handles[0].layer.cache.recorder.add_exact(query.shape[0] * query.shape[1] * query.shape[2])
+            handles[0].layer.cache.note_exact(1 if is_packed(handles[0].layer, call) else query.shape[2])
         if call.as_written is not None:
             return call.as_written()
         key, value, mask = (_exact(part) for part in (call.key, call.value, call.mask))
@@ -200,12 +203,12 @@ def is_packed(layer: CertifiedLayer, call: AttentionCall) -> bool:
     """Whether transformers laid the query heads of one KV head along the position axis (a single new token, GQA).
 
     It does so for SDPA only, which knows no sink logits, and for one position: the only new token, or, in layers that share
-    keys and values, the last of several, whose mask has but one row.
+    keys and values, the last of several. Where heads are grouped, no other query has as many heads as there are KV heads.
     """
-    query, mask = call.query, call.mask
-    single = layer.new_tokens == 1 or (mask is not None and mask.dim() > 1 and mask.shape[-2] == 1)
-    lone = call.sinks is None and call.as_written is None and single
-    return lone and query.shape[2] > 1 and query.shape[1] == layer.heads
+    query = call.query
+    if call.sinks is not None or call.as_written is not None or query.shape[2] == 1 or query.shape[1] != layer.heads:
+        return False
+    return layer.new_tokens == 1 or (layer.groups not in (None, 1) and query.shape[2] == layer.groups)
 
 
 # What a model may pass that attention need not act on: bookkeeping, and what its mask already says.

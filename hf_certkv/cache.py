@@ -14,7 +14,7 @@ from . import device_decode
 from .certificate import Recorder
 from .compiled import outside_graphs
 from .config import CertKVConfig
-from .configs import layer_config
+from .configs import layer_config, query_groups
 from .errors import (
     CachePicklingError,
     CacheStateError,
@@ -118,6 +118,9 @@ class CertifiedQuantizedCache(StepJournal, Cache):
         # Multi-head latent attention calls itself full attention, but caches latents: it stays exact.
         latent = [getattr(layer_config(config, i), "kv_lora_rank", None) is not None for i in range(len(layers))]
         picked = [layer if latent[i] else certified_kind(layer, self.settings, i, self) for i, layer in enumerate(layers)]
+        for i, layer in enumerate(picked):
+            if isinstance(layer, CertifiedLayer):
+                layer.groups = query_groups(config, i)
         if not any(isinstance(layer, CertifiedLayer) for layer in picked):
             warnings.warn(
                 f"No layer of {type(config).__name__} is full attention over keys and values: all stay exact in transformers' "
@@ -194,6 +197,9 @@ class CertifiedQuantizedCache(StepJournal, Cache):
                 "correct, but slower and not certified. attn_implementation='sdpa' (or 'certkv') uses the quantised cache.",
                 stacklevel=2,
             )
+
+    def note_exact(self, positions: int) -> None:
+        """A call of attention with so many positions is computed exactly; for who counts."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens from every layer, exactly. Args: tokens_to_remove: zero or negative.

@@ -12,3 +12,10 @@ def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
         return text
     layer: PreTrainedConfig = text.per_layer_config[index]
     return layer
+
+
+def query_groups(config: PreTrainedConfig, index: int) -> int | None:
+    """Query heads of each KV head of a layer; None where the config does not say."""
+    layer = layer_config(config, index)
+    heads, shared = (getattr(layer, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    return heads // shared if isinstance(heads, int) and isinstance(shared, int) and shared else None

@@ -7,6 +7,7 @@ the very operations that the model asked for, on the exact originals.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .compiled import outside_graphs
 from .errors import InputError
-from .handle import METADATA, Handle, Lazy, all_plain, carried_out, writes
+from .handle import METADATA, Handle, Lazy, carried_out, versioned, writes
 
 if TYPE_CHECKING:
     from .layers import CertifiedLayer
@@ -43,7 +44,8 @@ class Scores:
     Attributes: query `[batch, query_heads, positions, channels]`; key: with as many heads; flat: batch and heads are one axis
         of the tensor that stands for this; inner: the factor inside tanh, None without; masks: bool, True where a score was
         replaced; weights: softmax has been taken; sinks: logits `[query_heads]` of a column that attends to nothing; column: it
-        is still there, behind the tokens.
+        is still there, behind the tokens; shifted: each row but for a number that softmax does not see; floored: masked tokens
+        may be at the floor in place of what they were masked with.
     """
 
     query: Tensor
@@ -56,6 +58,8 @@ class Scores:
     weights: bool = False
     sinks: Tensor | None = None
     column: bool = False
+    shifted: bool = False
+    floored: bool = False
 
     @property
     def full(self) -> tuple[int, int, int, int]:
@@ -96,16 +100,27 @@ class Node:
     meaning: Meaning | None
 
     def carry_out(self) -> Tensor:
-        """The result on the exact originals."""
-        plain = [part.carry_out() if isinstance(part, Node) else _exact(part) for part in self.arguments]
-        found: Tensor = self.operation(*plain, **self.keywords)
-        return found
+        """The result on the exact originals, without autocast: within it nothing is deferred."""
+        with _without_autocast():
+            plain = [part.carry_out() if isinstance(part, Node) else _exact(part) for part in self.arguments]
+            found: Tensor = self.operation(*plain, **self.keywords)
+            return found
 
 
 class _Storage:
-    """What views of one another share. Attributes: version: how often one of them was written to."""
+    """What views of one another share.
 
-    version = 0
+    Attributes: version: how often one of them was written to; held: plain tensors that one of them stands for by now, with that
+        one and how often they had been written to.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.held: list[tuple[Deferred, Tensor, int]] = []
+
+    def changed_for(self, one: Deferred) -> bool:
+        """Whether another view was written to since this one was made."""
+        return one.version != self.version or any(x._version != seen for other, x, seen in self.held if other is not one)
 
 
 class Deferred(Lazy):
@@ -130,10 +145,11 @@ class Deferred(Lazy):
         layer = next(part.layer for part in args if isinstance(part, Lazy))
         made: Deferred = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=layer.device)
         made.layer, made.owner = layer, layer.cache
-        # Arguments as they are now: who writes into one later does not change this.
         made.node = Node(func, tuple(arg.node if isinstance(arg, Deferred) else arg for arg in args), kwargs, meaning)
         made.shared = args[0].shared if view and isinstance(args[0], Deferred) else _Storage()
         made.version = made.shared.version
+        if isinstance(meaning, Scores) and meaning.weights:
+            layer.lend(made)  # the model may return them
         return made
 
     def materialise(self) -> Tensor:
@@ -145,8 +161,12 @@ class Deferred(Lazy):
 
     def settle(self) -> None:
         """Carry the operations out now: the layer is about to change."""
-        plain = self.materialise()
+        self.hold(versioned(self.materialise))
+
+    def hold(self, plain: Tensor) -> None:
+        """Stand for a plain tensor from now on, as it will be."""
         self.node = Node(lambda: plain, (), {}, None)
+        self.shared.held.append((self, plain, plain._version))
 
     def overwrite(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Deferred:
         """Carry out an operation that writes into this. Raises: InputError: it would write into the cache."""
@@ -160,14 +180,15 @@ class Deferred(Lazy):
         found = _rules().follow(known, args, kwargs) if known is not None else None
         if isinstance(found, Deferred) and (found.shape, found.dtype) == (self.shape, self.dtype):
             self.node = found.node
+            self.wrote()
         else:
-            rest, named = all_plain(name, args[1:], kwargs)
-            plain = self.materialise().clone()
-            func(plain, *rest, **named)
-            self.node = Node(lambda: plain, (), {}, None)
+            carried_out(func, args, kwargs)
+        return self
+
+    def wrote(self) -> None:
+        """This was written to: views of it can no longer be followed."""
         self.shared.version += 1
         self.version = self.shared.version
-        return self
 
     @classmethod
     @outside_graphs
@@ -178,7 +199,7 @@ class Deferred(Lazy):
         if func in METADATA:
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         for part in tree_leaves((args, kwargs)):
-            if isinstance(part, Deferred) and part.version != part.shared.version:
+            if isinstance(part, Deferred) and part.shared.changed_for(part):
                 raise InputError(
                     "Attention scores were changed in place through a view of them, and are now used by another name, which "
                     "cannot be followed. Use what the operation returned, or attn_implementation='sdpa'."
@@ -191,6 +212,17 @@ class Deferred(Lazy):
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
             return f"Deferred({type(args[0].node.meaning).__name__}, shape={tuple(args[0].shape)}, dtype={args[0].dtype})"
         return carried_out(func, args, kwargs)
+
+
+def _without_autocast() -> Any:
+    """No autocast, on the device types that have it on."""
+    on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not on:
+        return nullcontext()
+    stack = ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _exact(x: Any) -> Any:

@@ -9,12 +9,12 @@ followed without materialising.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .compiled import outside_graphs
 from .errors import CachePicklingError, InputError, StaleHandleError
@@ -50,6 +50,14 @@ class Lazy(Tensor):
 
     def materialise(self) -> Tensor:
         """What it stands for."""
+        raise NotImplementedError
+
+    def hold(self, plain: Tensor) -> None:
+        """Stand for a plain tensor from now on."""
+        raise NotImplementedError
+
+    def wrote(self) -> None:
+        """Note that it was written to."""
         raise NotImplementedError
 
     @classmethod
@@ -177,8 +185,34 @@ def carried_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
             f"`{name}` would write into the cached {('keys', 'values')[written.kind]} of layer {written.layer.layer_idx}, "
             "which are written by `update` only. Change a copy: `handle.materialise().clone()`."
         )
+    lazy = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Lazy) and not isinstance(part, Handle)]
+    if not lazy:
+        args, kwargs = all_plain(name, args, kwargs)
+        return func(*args, **kwargs)
+    # What is deferred is computed for this; it goes on as the plain tensor if that was written to, or if a view of it is out.
+    plain = {id(part): versioned(partial(_plain, part, name)) for part in lazy}
+    before = {key: value._version for key, value in plain.items()}
+    args, kwargs = tree_map(lambda part: plain.get(id(part), part), (args, kwargs))
     args, kwargs = all_plain(name, args, kwargs)
-    return func(*args, **kwargs)
+    found = func(*args, **kwargs)
+    shown = {part.untyped_storage().data_ptr() for part in tree_leaves(found) if type(part) is Tensor}
+    for part in {id(part): part for part in lazy}.values():
+        value = plain[id(part)]
+        written = value._version != before[id(part)]
+        if written or value.untyped_storage().data_ptr() in shown:
+            part.hold(value)
+        if written:
+            part.wrote()
+    return found
+
+
+def versioned(compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives, as a tensor that counts writes: those made in inference mode do not."""
+    if not torch.is_inference_mode_enabled():
+        return compute()
+    with torch.inference_mode(False), torch.no_grad():
+        found = compute()
+        return found.clone() if found.is_inference() else found
 
 
 def all_plain(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -44,6 +44,7 @@ class CertifiedLayer(Originals, CacheLayerMixin):
     is_croppable = True
     is_compileable = False
     supports_early_init = False
+    groups: int | None = None  # query heads of a KV head, where the model's config says
     hidden = 0  # tokens held that are not shown: they are too old to be attended to
 
     def __init__(self, config: CertKVConfig, layer_idx: int, cache: CertifiedQuantizedCache) -> None:

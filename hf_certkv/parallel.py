@@ -43,6 +43,8 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 class Alone:
     """Nobody to agree with: every question is answered by this process, at no cost."""
 
+    alone = True
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Alone:
         return self  # groups belong to the process
 
@@ -85,6 +87,8 @@ class Ranks(Alone):
 
     Args: group: the process group of the model's tensor parallelism; query_heads: of a layer of the whole model, if known.
     """
+
+    alone = False
 
     def __init__(self, group: dist.ProcessGroup, query_heads: int | None = None) -> None:
         self.group, self.query_heads = group, query_heads

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .deferred import Deferred, Largest, Node, Part, Scores, part_of, scores_of
 from .handle import KEYS, UNCHANGED, VALUES, Lazy
@@ -26,10 +27,22 @@ FLOOR = -6e4  # what is added to, or put in place of, a score to mask it is at m
 def follow(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """What a step towards attention gives, deferred or, at the last one, computed; None if it is no such step."""
     rule = _rules().get(func)
-    if rule is None or not args:
+    if rule is None or not args or kwargs.get("out") is not None or any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         return None
+    if any(isinstance(part, Deferred) for part in tree_leaves((args, kwargs))):
+        # Plain tensors as they are now: who writes into one later does not change what was asked for.
+        args, kwargs = tree_map(_copied, (args, kwargs))
     found: Tensor | None = rule(func, args, kwargs)
     return found
+
+
+def _copied(x: Any) -> Any:
+    if not isinstance(x, Tensor) or isinstance(x, Lazy):
+        return x
+    one = x
+    for axis, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        one = one.narrow(axis, 0, 1) if stride == 0 and size > 1 else one
+    return one.clone().expand(x.shape)
 
 
 def _same(x: Tensor, meaning: Part | Scores, dtype: torch.dtype, *step: Any) -> Deferred:
@@ -51,6 +64,8 @@ def _transpose(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 def _shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """`view` and `reshape` that join batch and heads, or part them again."""
     x = args[0]
+    if len(args) == 2 and not isinstance(args[1], (int, tuple, list)):
+        return None
     wanted = args[1:] if len(args) != 2 or isinstance(args[1], int) else tuple(args[1])
     if kwargs or not all(isinstance(size, int) for size in wanted) or wanted.count(-1) > 1:
         return None
@@ -92,7 +107,9 @@ def _cast(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any
         dtype = rest[0]
     else:
         return None
-    if not dtype.is_floating_point:
+    # Scores and keys may become wider only: narrower, they would be other numbers, or none.
+    wider = dtype in (torch.float32, torch.float64) and dtype.itemsize >= x.dtype.itemsize
+    if dtype != x.dtype and not (dtype in QUANTISABLE if isinstance(meaning, Scores) and meaning.weights else wider):
         return None
     if isinstance(meaning, Part):
         meaning = replace(meaning, copied=True)
@@ -104,6 +121,13 @@ def _product(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if len(args) != 2 or kwargs:
         return None
     weights, value = scores_of(args[0]), part_of(args[1])
+    if value is not None and not isinstance(args[0], Lazy) and args[0].dim() > 1:
+        limit = value.handle.layer.config.certify_queries
+        if args[0].shape[-2] > limit:  # exact, as it would be with SDPA
+            if value.handle.kind == KEYS:
+                value.handle.layer.cache.recorder.add_exact(args[0].shape[:-1].numel())
+            exact: Tensor = func(args[0], args[1].materialise())
+            return exact
     if weights is not None and value is not None:
         return _attention(weights, value, func, args)
     if part_of(args[0]) is None and weights is None and value is not None:
@@ -161,8 +185,10 @@ def _scale(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         return None
     given, other = args if divides or scores_of(args[0]) is not None else args[::-1]
     scores, number = scores_of(given), _number(other)
-    if scores is None or scores.weights or number is None or number <= 0:
+    if scores is None or scores.weights or number is None or number <= 0 or scores.sinks is not None:
         return None
+    if (number if divides else 1 / number) > 1 and (scores.masks or scores.floored):
+        return None  # what masks might come to weigh something
     factor = 1.0 / number if divides else number
     scaled = scores.factor / number if divides else scores.factor * number
     bias = None if scores.bias is None else scores.bias.float() * factor
@@ -188,6 +214,8 @@ def _add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 def _tanh(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     scores = scores_of(args[0])
     if scores is None or len(args) != 1 or kwargs or scores.weights or scores.bias is not None or scores.inner is not None:
+        return None
+    if scores.sinks is not None or scores.shifted or scores.floored:
         return None
     return _same(args[0], replace(scores, inner=scores.factor, factor=1.0), args[0].dtype, func, args, kwargs)
 
@@ -216,12 +244,12 @@ def _masked(scores: Scores, given: Tensor, mask: Tensor, value: Any, step: Any) 
         return None
     number = float(value)
     hidden = scores.by_head(mask) if mask.dtype == torch.bool else None
-    if hidden is None:
+    if hidden is None or not scores.key.layer.cache.ranks.alone:  # ranks might find different things
         return None
     if scores.weights:
         known = number == 0 and any(torch.equal(hidden, one) for one in scores.masks)
         return _same(given, scores, given.dtype, *step) if known else None
-    if not number <= FLOOR or bool(hidden.all(dim=-1).any()):
+    if not number <= FLOOR or scores.shifted or bool(hidden.all(dim=-1).any()):
         return None
     before = torch.zeros((), device=hidden.device) if scores.bias is None else scores.bias.float()
     bias = torch.where(hidden, number, before)
@@ -236,6 +264,8 @@ def _joined(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         return None
     scores, sinks = scores_of(parts[0]), parts[1]
     if scores is None or scores.flat or scores.weights or scores.sinks is not None or isinstance(sinks, Lazy):
+        return None
+    if scores.shifted or not isinstance(sinks, Tensor):
         return None
     *rows, tokens = scores.full
     if tuple(sinks.shape) != (*rows, 1) or sinks.dtype not in QUANTISABLE:
@@ -290,7 +320,7 @@ def _minus(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     scores, other = scores_of(args[0]), args[1].node.meaning
     if scores is None or not isinstance(other, Largest) or other.scores is not scores:
         return None
-    return _same(args[0], scores, args[0].dtype, func, args, kwargs)
+    return _same(args[0], replace(scores, shifted=True), args[0].dtype, func, args, kwargs)
 
 
 def _at_least(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -300,9 +330,9 @@ def _at_least(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if len(args) != 2 or kwargs:
         return None
     scores, number = scores_of(args[0]), _number(args[1])
-    if scores is None or scores.weights or number is None or number > FLOOR:
+    if scores is None or scores.weights or number is None or number > FLOOR or scores.sinks is not None or scores.shifted:
         return None
-    return _same(args[0], scores, args[0].dtype, func, args, kwargs)
+    return _same(args[0], replace(scores, floored=True), args[0].dtype, func, args, kwargs)
 
 
 def _softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -339,7 +369,7 @@ def _attention(weights: Scores, part: Part, func: Callable[..., Any], args: tupl
     from . import attention  # which needs Handle: imported when used
 
     query = weights.query
-    if query.dtype != key.dtype:
+    if query.dtype != key.dtype and key.layer.cache.ranks.alone:
         narrow = query.to(key.dtype)
         query = narrow if torch.equal(narrow.to(query.dtype), query) else query  # as it was before it was widened
     bias = weights.bias
@@ -359,7 +389,6 @@ def _attention(weights: Scores, part: Part, func: Callable[..., Any], args: tupl
         as_written=as_written,
     )  # fmt: skip
     found = attention.attend(call).to(args[1].dtype)
-    key.layer.lend(args[0])  # the model may return the weights
     return found.flatten(0, 1) if weights.flat else found
 
 

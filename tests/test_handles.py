@@ -416,6 +416,7 @@ def test_a_packed_last_position_of_several_new_tokens_is_one_position() -> None:
     made = Made(audit=True, rtol=0.05)
     made.bare.update(*random_states(5, batch=2, seed=8))
     keys, values = made.bare.update(*random_states(5, batch=2, seed=9))
+    made.bare.layer.groups = 2  # as a model's config says
     mask = torch.ones(1, 1, 1, TOKENS + 10, dtype=torch.bool)
     packed = torch.randn(2, 2, 2, 64)
     F.scaled_dot_product_attention(packed, keys, values, attn_mask=mask)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,23 @@ import transformers
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hf_certkv import CertifiedQuantizedCache, attention
+import hf_certkv.matrix.examine as matrix_examine
+from hf_certkv import CertifiedQuantizedCache, attention, written_out
 from hf_certkv.cli import app
 from hf_certkv.layers import CertifiedLayer
-from hf_certkv.matrix.examine import ABSENT, CERTIFIED, CRASHED, EXACT, FAILURES, REFUSED, WRONG, Examined, Found, examine
+from hf_certkv.matrix.examine import (
+    ABSENT,
+    CERTIFIED,
+    CRASHED,
+    EXACT,
+    FAILURES,
+    PARTLY,
+    REFUSED,
+    WRONG,
+    Examined,
+    Found,
+    examine,
+)
 from hf_certkv.matrix.modes import MODES
 from hf_certkv.matrix.run import kinds, summary
 from hf_certkv.matrix.table import page
@@ -74,6 +89,56 @@ def test_a_bound_that_lies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(reference, "decode_pass", shifted)
     assert only("llama", "greedy").status == WRONG
+
+
+@pytest.fixture
+def _rules_again() -> Iterator[None]:
+    """The rules are looked up anew, within the test and after it."""
+    written_out._rules.cache_clear()
+    yield
+    written_out._rules.cache_clear()
+
+
+@pytest.mark.usefixtures("_rules_again")
+@pytest.mark.parametrize("rule", ["_scale", "_add"])
+@pytest.mark.parametrize("model_type", ["gptj", "bloom"])
+def test_a_wrong_meaning_is_noticed(rule: str, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a scale, or a mask, is not taken for what it is, the bound is of another attention."""
+    right = getattr(written_out, rule)
+
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        if found is None:
+            return None
+        meaning = found.node.meaning
+        changed = {"factor": 5 * meaning.factor} if rule == "_scale" else {"bias": None}
+        found.node = dataclasses.replace(found.node, meaning=dataclasses.replace(meaning, **changed))
+        return found
+
+    monkeypatch.setattr(written_out, rule, wrong)
+    if (rule, model_type) == ("_scale", "bloom"):  # which scales within its product
+        assert only(model_type, "padded batch").status == CERTIFIED
+    else:
+        assert only(model_type, "padded batch").status == WRONG
+
+
+def test_all_dense_is_not_certified(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_examine, "SETTINGS", matrix_examine.SETTINGS.replace(rtol=1e-9))
+    found = only("llama", "greedy")
+    assert found.status == EXACT and found.dense == found.head_steps > 0
+
+
+def test_every_second_call_is_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that share keys and values: there are more calls than updates."""
+    certifiable, calls = attention.certifiable, []
+
+    def refuse(call: Any) -> Any:
+        calls.append(1)
+        return certifiable(call) if len(calls) % 2 else None
+
+    monkeypatch.setattr(attention, "certifiable", refuse)
+    found = only("gemma3n_text", "greedy")
+    assert found.status == PARTLY and 0.3 < found.share < 0.7
 
 
 def test_a_crash_is_noticed_and_a_refusal_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from ..cache import CertifiedQuantizedCache
 from ..config import CertKVConfig
 from ..errors import CertificateViolation, CertKVError
+from ..ladder import Rung
 from ..layers import CertifiedLayer
 from .modes import MODES, Generated, Mode
 from .tiny import tiny_config, tiny_model
@@ -25,6 +26,8 @@ CERTIFIED, PARTLY, EXACT, REFUSED, ABSENT, WRONG, CRASHED = (
     "certified", "partly certified", "exact", "refused", "not offered", "WRONG", "CRASHED",
 )  # fmt: skip
 FAILURES = (WRONG, CRASHED)
+SMALLEST = 1e-12  # a tolerance that no bound meets
+NEAR = 1e-3  # of the largest logit, for sums in another order
 LONGEST = 160  # characters of a reason
 
 
@@ -33,17 +36,18 @@ class Found:
     """One mode of one architecture.
 
     Attributes:
-        status: certified: every call of every full-attention layer with few queries was; partly, exact: some or none were;
-            refused: by this package, with a typed error; not offered: the model fails with transformers' own cache too;
-            WRONG, CRASHED: what must not be.
-        reason: why not certified; share: of calls that were; head_steps: certified ones; worst: largest error found by the
-            audit, relative to its bound.
+        status: certified: every call of every full-attention layer with few queries was, and not all densely; partly, exact:
+            some or none were; refused: by this package, with a typed error; not offered: the model fails with transformers' own
+            cache too; WRONG, CRASHED: what must not be.
+        reason: why not certified; share: of calls that were; head_steps: certified ones; dense: how many of them were served
+            densely; worst: largest error found by the audit, relative to its bound.
     """
 
     status: str
     reason: str = ""
     share: float = 0.0
     head_steps: int = 0
+    dense: int = 0
     worst: float = 0.0
 
 
@@ -99,9 +103,17 @@ def examine(model_type: str, modes: dict[str, Mode] | None = None, attention: st
 
 
 class _Counting(CertifiedQuantizedCache):
-    """Counts the updates whose attention is to be certified: few new tokens, on a layer that is quantised."""
+    """Counts the updates whose attention is to be certified: few new tokens, on a layer that is quantised.
 
-    wanted = 0
+    And calls of attention that were computed exactly although they have few queries: layers may share keys and values.
+    """
+
+    wanted = exact_calls = 0
+
+    def note_exact(self, positions: int) -> None:
+        """A call was computed exactly."""
+        super().note_exact(positions)
+        self.exact_calls += positions <= self.settings.certify_queries
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         made = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -125,6 +137,10 @@ def examine_mode(model: PreTrainedModel, mode: Mode) -> Found:
         actual = mode(model, exactly)
         if not actual.same(expected):
             return Found(WRONG, _difference(actual, expected))
+        # Dense by what this package takes attention to mean, where the model's own steps were carried out above.
+        dense = CertifiedQuantizedCache(model.config, settings=SETTINGS, rtol=SMALLEST)
+        if not mode(model, dense).near(expected, NEAR):
+            return Found(WRONG, f"other logits than with DynamicCache at rtol={SMALLEST:g}")
         cache = _Counting(model.config, settings=SETTINGS, audit=True)
         mode(model, cache)
         return _judge(cache)
@@ -148,11 +164,14 @@ def _judge(cache: _Counting) -> Found:
         return Found(WRONG, f"a bound was broken: error / bound = {worst:.3g}", worst=worst)
     if not cache.wanted:
         return Found(EXACT, "nothing was long enough to be quantised")
-    share = min(1.0, len(records) / cache.wanted)
+    share = min(1.0, len(records) / max(cache.wanted, len(records) + cache.exact_calls))
+    dense = sum(int((record.rung >= Rung.DENSE_HEAD).sum()) for record in records)
+    if records and dense == steps:
+        return Found(EXACT, "no head-step met its tolerance, all were served densely", share, steps, dense, worst)
     reason = f"exact originals for {', '.join(sorted(operations))}" if operations else "calls that are not covered"
     if share == 1.0:  # a model may read keys or values besides, for a mask of its own
-        return Found(CERTIFIED, f"beside attention, {reason}" if operations else "", share, steps, worst)
-    return Found(PARTLY if records else EXACT, reason, share, steps, worst)
+        return Found(CERTIFIED, f"beside attention, {reason}" if operations else "", share, steps, dense, worst)
+    return Found(PARTLY if records else EXACT, reason, share, steps, dense, worst)
 
 
 def _used(cache: Cache) -> bool:

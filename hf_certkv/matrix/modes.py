@@ -29,6 +29,13 @@ class Generated:
             return False
         return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(self.logits, other.logits, strict=True))
 
+    def near(self, other: Generated, share: float) -> bool:
+        """Whether logits agree within a share of their largest, and tokens do, as long as they do."""
+        for a, b in zip(self.logits, other.logits, strict=False):
+            if a.shape != b.shape or not (a - b).abs().nan_to_num().max() <= share * b.abs().nan_to_num(posinf=0.0).max():
+                return False
+        return self.tokens.shape == other.tokens.shape
+
 
 Mode = Callable[[PreTrainedModel, Cache], Generated]
 
