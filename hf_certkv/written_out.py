@@ -21,6 +21,7 @@ from .deferred import Deferred, Largest, Node, Part, Scores, part_of, scores_of
 from .handle import KEYS, UNCHANGED, VALUES, Lazy
 from .layers import QUANTISABLE
 
+LIFTED = 1e4  # the most that may be added to a score that is masked
 FLOOR = -6e4  # what is added to, or put in place of, a score to mask it is at most this: float16's least is -65504
 
 
@@ -206,6 +207,10 @@ def _add(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     bias = scores.by_head(other) if other.dtype in QUANTISABLE else None
     if bias is None or torch.broadcast_shapes(other.shape, given.shape) != given.shape:
         return None
+    if scores.masks or scores.floored:  # what is added must not lift masked tokens up again
+        alone = scores.key.layer.cache.ranks.alone  # else ranks might find different things
+        if not alone or bool((bias > LIFTED).any()):
+            return None
     total = bias if scores.bias is None else scores.bias.float() + bias.float()
     dtype = torch.promote_types(given.dtype, other.dtype)
     return _same(given, replace(scores, bias=total), dtype, func, args, kwargs)
@@ -342,7 +347,7 @@ def _softmax(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if scores is None or scores.weights or given.get("dim") not in (-1, args[0].dim() - 1):
         return None
     kind = given.get("dtype") or args[0].dtype
-    if not kind.is_floating_point:
+    if kind not in (*QUANTISABLE, torch.float64):
         return None
     return _same(args[0], replace(scores, weights=True), kind, func, args, kwargs)
 

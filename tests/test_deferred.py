@@ -185,6 +185,7 @@ ALGEBRA: dict[str, Steps] = {
     "capped after the shift": lambda q, k, v, m: torch.softmax(5 * torch.tanh(shifted(q @ k.mT) / 5), -1) @ v,
     "floored, then scaled": lambda q, k, v, m: torch.softmax(torch.max(q @ k.mT + m, torch.tensor(-6e4)) * 1e-5, -1) @ v,
     "filled, then scaled": lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m < 0, -6e4) * 1e-5, -1) @ v,
+    "masked, then lifted": lambda q, k, v, m: torch.softmax((q @ k.mT).masked_fill(m < 0, -1e9) + m.abs(), -1) @ v,
     "halved scores": lambda q, k, v, m: torch.softmax(((q @ k.mT) * 0.1).half().float(), -1) @ v,
     "coarse scores": lambda q, k, v, m: torch.softmax((q @ k.mT).to(torch.float8_e5m2).float(), -1) @ v,
     "coarse weights": lambda q, k, v, m: torch.softmax(q @ k.mT, -1).to(torch.float8_e5m2).float() @ v,

@@ -29,8 +29,9 @@ HEAD = """# Models
 What `certkv matrix` found: a tiny random model of every architecture that transformers {version} has for causal language
 modelling, found by introspection, in every mode of `generate`, with its default attention implementation.
 
-- **\u2713**: certified. Every call of few queries on every full-attention layer was certified, no error was above its bound in
-  audit, and at `rtol=0` tokens and logits are those of `DynamicCache`, bit for bit.
+- **\u2713**: certified. Every call of few queries on every full-attention layer was certified, and not all of them densely; no
+  error was above its bound in audit; at `rtol=0` tokens and logits are those of `DynamicCache`, bit for bit; and computed
+  densely by what the certificate takes the model's attention to be, logits are those of `DynamicCache` up to rounding.
 - **part**, **exact**: some or none of those calls were certified, the others were computed on the exact originals. At `rtol=0`
   bit for bit as above. The reason is in the last column.
 - **refused**: a typed error says why. **-**: transformers does not offer it: with its own `DynamicCache` the model fails as
