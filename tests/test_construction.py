@@ -85,6 +85,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "record": ["all", None, True],
     "kernel": ["gpu", None, True],
     "audit": [1, 0, "yes", None],
+    "certify_sliding": [1, 0, "yes", None],
     "seed": [0.5, "0", None, True],
     "paper_tau_cov": [-0.1, 1.1, math.nan, None],
     "paper_k_min": [-1, 0.5, None, 129],
