@@ -9,6 +9,7 @@ decade and are the upper edge of their bin: at most 15 % above the exact quantil
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby, takewhile
@@ -212,14 +213,11 @@ class LayerSummary:
 
     def add_any(self, records: list[StepRecord], heads: int) -> None:
         """Add calls of one shape with so many heads: where layers share keys and values, another number may come."""
-        if heads > self.heads:
-            self._widen(heads)
         if heads == self.heads:
             self.add_all(records)
             return
         part = LayerSummary(heads)
         part.add_all(records)
-        part._widen(self.heads)
         self.merge(part)
 
     def _widen(self, heads: int) -> None:
@@ -230,7 +228,12 @@ class LayerSummary:
         self.heads = heads
 
     def merge(self, other: LayerSummary) -> None:
-        """Add another summary of the same heads."""
+        """Add another summary; the wider of the two says how many heads there are."""
+        if other.heads > self.heads:
+            self._widen(other.heads)
+        elif other.heads < self.heads:
+            other = copy.deepcopy(other)
+            other._widen(self.heads)
         self.rungs = self.rungs + other.rungs
         for name, distribution in self.metrics.items():
             distribution.merge(other.metrics[name])

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .compiled import outside_graphs
 from .errors import InputError
-from .handle import METADATA, Handle, Lazy, carried_out, versioned, writes
+from .handle import Handle, Lazy, carried_out, versioned, writes
 
 if TYPE_CHECKING:
     from .layers import CertifiedLayer
@@ -191,13 +190,8 @@ class Deferred(Lazy):
         self.version = self.shared.version
 
     @classmethod
-    @outside_graphs
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+    def answer(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Writes, and a name; refuses what was changed through another view."""
         for part in tree_leaves((args, kwargs)):
             if isinstance(part, Deferred) and part.shared.changed_for(part):
                 raise InputError(
@@ -206,12 +200,9 @@ class Deferred(Lazy):
                 )
         if args and isinstance(args[0], Deferred) and writes(getattr(func, "__name__", "")):
             return args[0].overwrite(func, args, kwargs)
-        followed = _rules().follow(func, args, kwargs)
-        if followed is not None:
-            return followed
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
             return f"Deferred({type(args[0].node.meaning).__name__}, shape={tuple(args[0].shape)}, dtype={args[0].dtype})"
-        return carried_out(func, args, kwargs)
+        return NotImplemented
 
 
 def _without_autocast() -> Any:

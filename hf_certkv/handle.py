@@ -61,6 +61,26 @@ class Lazy(Tensor):
         raise NotImplementedError
 
     @classmethod
+    def answer(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What this kind of tensor makes of an operation by itself; NotImplemented where that is nothing."""
+        return NotImplemented
+
+    @classmethod
+    @outside_graphs
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA:
+            # No `with`: what Ctrl-C raises at its end would leave subclasses disabled for the rest of the process.
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+        answer = cls.answer(func, args, kwargs)
+        if answer is not NotImplemented:
+            return answer
+        followed = _written_out().follow(func, args, kwargs)
+        return carried_out(func, args, kwargs) if followed is None else followed
+
+    @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -152,14 +172,8 @@ class Handle(Lazy):
         return None
 
     @classmethod
-    @outside_graphs
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in METADATA:
-            # No `with`: what Ctrl-C raises at its end would leave subclasses disabled for the rest of the process.
-            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+    def answer(cls, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Attention, a name, and the steps by which transformers repeats heads."""
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention().scaled_dot_product_attention(*args, **kwargs)
         if func in (Tensor.__repr__, Tensor.__str__, Tensor.__format__):
@@ -172,8 +186,7 @@ class Handle(Lazy):
             lazy = args[0]._lazily(func, args, kwargs)
             if lazy is not None:
                 return lazy
-        followed = _written_out().follow(func, args, kwargs)
-        return carried_out(func, args, kwargs) if followed is None else followed
+        return NotImplemented
 
 
 def carried_out(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -188,9 +188,9 @@ def _scale(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     scores, number = scores_of(given), _number(other)
     if scores is None or scores.weights or number is None or number <= 0 or scores.sinks is not None:
         return None
-    if (number if divides else 1 / number) > 1 and (scores.masks or scores.floored):
-        return None  # what masks might come to weigh something
     factor = 1.0 / number if divides else number
+    if factor < 1 and (scores.masks or scores.floored):
+        return None  # what masks might come to weigh something
     scaled = scores.factor / number if divides else scores.factor * number
     bias = None if scores.bias is None else scores.bias.float() * factor
     return _same(given, replace(scores, factor=scaled, bias=bias), given.dtype, func, args, kwargs)
