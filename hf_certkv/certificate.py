@@ -398,3 +398,19 @@ class Recorder:
             flat.bytes_moved, flat.kernels = summary.bytes_moved, summary.kernels
             merged.merge(flat)
         return merged
+
+    def merge(self, other: Recorder) -> None:
+        """Add all steps of another recorder of the same model and settings."""
+        for layer, summary in other.layers.items():
+            mine = self.layers.get(layer)
+            if mine is None:
+                self._summaries[layer] = copy.deepcopy(summary)
+            else:
+                mine.merge(summary)
+        for name, count in other.materialised.items():
+            self.materialised[name] = self.materialised.get(name, 0) + count
+        self.exact_queries += other.exact_queries
+        self.repaired += other.repaired
+        self.step += other.step + 1
+        if self.full:
+            self._records += other._records

@@ -293,7 +293,7 @@ def _merged(shares: list[Share]) -> CertificateReport:
     total = Recorder(shares[0].recorder.full)
     total.step = -1  # a report has one more
     for parts in models.values():
-        _add(total, _side_by_side(sorted(parts, key=lambda share: share.place)))
+        total.merge(_side_by_side(sorted(parts, key=lambda share: share.place)))
     memory = shares[0].memory
     for share in shares[1:]:
         names = {**memory.parts, **share.memory.parts}
@@ -302,21 +302,6 @@ def _merged(shares: list[Share]) -> CertificateReport:
     report = CertificateReport(shares[0].settings, total, memory, shares[0].exact_layers)
     report.to_dict()["processes"] = len(shares)
     return report
-
-
-def _add(total: Recorder, other: Recorder) -> None:
-    """Another model's steps."""
-    for layer, summary in other.layers.items():
-        if layer in total._summaries:
-            total._summaries[layer].merge(summary)
-        else:
-            total._summaries[layer] = summary
-    for name, count in other.materialised.items():
-        total.materialised[name] = total.materialised.get(name, 0) + count
-    total.exact_queries += other.exact_queries
-    total.repaired += other.repaired
-    total.step += other.step + 1
-    total._records += other._records
 
 
 def _side_by_side(parts: list[Share]) -> Recorder:
