@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from . import hub
 from .errors import ConfigError
 
 Scope = Literal["head", "layer"]
@@ -211,9 +212,106 @@ class CertKVConfig:
 
     @classmethod
     def from_json(cls, path: str | Path) -> CertKVConfig:
-        """Settings from a JSON file written by `to_json`."""
+        """Settings from a JSON file written by `to_json` or `save_pretrained`."""
+        settings, version = hub.read(Path(path))
         try:
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
-            raise ConfigError(f"{path}: not a JSON file of settings ({error}).") from error
-        return cls.from_dict(settings)
+            return cls.from_dict(settings)
+        except ConfigError as error:
+            raise hub.refused(Path(path), version, error) from error
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, repo_id: str | None = None, push_to_hub: bool = False, **push_to_hub_kwargs: Any
+    ) -> str | None:
+        """Write `certkv_config.json` into a folder: that of a model, for instance. Nothing else in it is touched.
+
+        Args:
+            save_directory: the folder; made where there is none.
+            repo_id: where `push_to_hub` pushes to; the folder's name, if left out.
+            push_to_hub: push the settings to the Hub as well, with the `push_to_hub_kwargs`.
+
+        Returns:
+            The address of the commit on the Hub; None if nothing was pushed.
+
+        Raises:
+            ConfigError: the file cannot be written, or the Hub refused it.
+        """
+        folder = hub.write(save_directory, hub.as_text(self.to_dict()))
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.resolve().name, **push_to_hub_kwargs)
+        return None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **changes: Any,
+    ) -> CertKVConfig:
+        """Settings that `save_pretrained` or `push_to_hub` left.
+
+        Only JSON is read, never code or pickles. A file of another version is read as long as this version knows all its
+        settings; those it does not hold have their defaults. Any other file is refused.
+
+        Args:
+            pretrained_model_name_or_path: a folder, the JSON file itself, or a model's name on the Hub. What lies on this
+                machine goes first.
+            force_download: fetch it anew where the local cache has it already.
+            token: of the Hub; without, the one that `hf auth login` kept. False: none.
+            cache_dir: where files from the Hub are kept.
+            local_files_only: look into that cache only.
+            revision: a branch, a tag or a commit of the repository.
+            changes: settings to have other values than in the file, e.g. `rtol=0.02`.
+
+        Raises:
+            ConfigError: there is no such file, or it holds something else than valid settings; the message says what to do.
+        """
+        path = hub.find(
+            pretrained_model_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        return cls.from_json(path).replace(**changes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push the settings of hf_certkv",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Put `certkv_config.json` into a model's repository on the Hub; its other files stay as they are.
+
+        Args:
+            repo_id: e.g. `"user/name"`; the repository is made where there is none.
+            commit_message: first line of the commit.
+            private: whether a repository made here is private; None: as the account's default says.
+            token: of the Hub; without, the one that `hf auth login` kept.
+            branch: to commit to; None: `"main"`.
+            create_pr: open a pull request instead of committing, for a repository of someone else.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ConfigError: the Hub refused it or was not reached; the message says what to do.
+        """
+        return hub.push(
+            hub.as_text(self.to_dict()),
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            branch=branch,
+            create_pr=create_pr,
+        )
