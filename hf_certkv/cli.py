@@ -37,6 +37,8 @@ from .cli_base import (
     write_json,
 )
 from .cli_bench import bench
+from .cli_card import card
+from .cli_eval import app as evaluation
 from .cli_matrix import matrix
 from .cli_verify import verify
 
@@ -196,7 +198,8 @@ def _generate(
     longest = getattr(loaded.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         warnings.warn(f"{length} + {max_new_tokens} tokens are more than the {longest} the model was made for.", stacklevel=2)
-    cache = CertifiedQuantizedCache(loaded.config, settings=settings)
+    record = "full" if json_file is not None else "summary"  # a run file shows every step
+    cache = CertifiedQuantizedCache(loaded.config, settings=settings, record=record)
     options: dict[str, Any] = {"do_sample": sample or temperature is not None}
     if temperature is not None:
         options["temperature"] = temperature
@@ -215,16 +218,17 @@ def _generate(
     else:
         err.print("Nothing was quantised, so every step was exact: so few tokens (or no layer of this model) call for it.")
     if json_file is not None:
-        write_json(
-            json_file,
-            {"model": name, "text": tokenizer.decode(new, skip_special_tokens=True), "token_ids": new,
-             "prompt_tokens": length, "report": report.to_dict()},
-        )  # fmt: skip
+        from .evaluation.run import of_generation
+
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        write_json(json_file, of_generation(cache, loaded, name, length, new, text))
 
 
 app.command()(verify)
 app.command()(bench)
 app.command()(matrix)
+app.add_typer(evaluation)
+app.command()(card)
 
 
 @app.command()

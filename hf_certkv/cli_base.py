@@ -113,14 +113,14 @@ def check_out(path: Path | None) -> None:
         fail(f"--json {path}: nothing can be written to the folder {str(path.parent)!r}.")
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
     """Write a file whole or not at all."""
     path = path.expanduser()
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
+                json.dump(data, file, indent=indent)
                 file.write("\n")
             Path(name).chmod(0o644)
             os.replace(name, path)

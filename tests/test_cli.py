@@ -43,7 +43,7 @@ def test_version() -> None:
 def test_help_names_the_commands() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("demo", "generate", "plan", "verify", "bench"):
+    for command in ("demo", "generate", "plan", "verify", "bench", "matrix", "eval", "report", "card"):
         assert command in result.stdout
 
 
@@ -137,9 +137,11 @@ def test_generate_writes_text_and_report(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     assert len(data["token_ids"]) == 8 and data["prompt_tokens"] > 400
     assert data["text"].strip() == result.stdout.strip()
-    assert data["report"]["settings"]["rtol"] == 0.1 and data["report"]["settings"]["scope"] == "layer"
-    assert data["report"]["overall"]["head_steps"] == 7 * 6 * 4  # the first token comes from the prefill
-    assert data["report"]["overall"]["relative"]["error"]["max"] <= 0.1
+    certificate = data["certificates"]["certified"]
+    assert certificate["settings"]["rtol"] == 0.1 and certificate["settings"]["scope"] == "layer"
+    assert certificate["overall"]["head_steps"] == 7 * 6 * 4  # the first token comes from the prefill
+    assert certificate["overall"]["relative"]["error"]["max"] <= 0.1
+    assert certificate["trace"]["steps"] == 7 and len(certificate["trace"]["rows"]) == 6 * 4
     assert "certificate: rtol=0.1" in result.stderr and "certificate" not in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 

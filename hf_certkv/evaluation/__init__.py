@@ -1,0 +1,1 @@
+"""Paired evaluation of dense, naive and certified caches, and what is made of its results: pages, figures, model cards."""
