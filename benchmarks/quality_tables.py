@@ -202,6 +202,6 @@ def readme(runs: dict[str, Run], caches: dict[str, str]) -> str:
         f"{ppl['task']['settings']['score_last']} tokens decoded one by one; at the default tolerance {found}. Continuations: "
         f"{greedy['task']['settings']['new_tokens']} greedy tokens. Facts: {len(hard['items'])} questions at "
         f"{settings['contexts'][0]:,} tokens to a retriever so blunt that exact attention misses some. Memory and time are "
-        "over the dense cache's, of a model of six layers at a context where the fixed cost of a call still outweighs reading the "
-        "cache; longer contexts below. All runs, RULER too: [docs/quality.md](docs/quality.md)."
+        "over the dense cache's, of a model of six layers at a context where the fixed cost of a call still outweighs reading "
+        "the cache; longer contexts below. All runs, RULER too: [docs/quality.md](docs/quality.md)."
     )

@@ -302,41 +302,19 @@ def choice_of_defaults() -> str:
 
 def readme_figures() -> dict[str, str]:
     """The README's generated parts by their marker."""
-    memory, greedy, audit = (load(name) for name in ("memory", "greedy", "audit"))
+    memory, audit = (load(name) for name in ("memory", "audit"))
     figures: dict[str, str] = {}
-    if greedy and audit and memory:
-        runs = {run["name"]: run for run in greedy["runs"] if run["dtype"] == "torch.float32"}
+    if audit and memory:
         at = {run["name"]: run for run in memory["runs"] if run["tokens"] == max(r["tokens"] for r in memory["runs"])}
-        rows = [
-            [
-                name,
-                share(runs[key]["tokens_equal"]),
-                share(runs[key]["continuations_equal"]),
-                "-" if "rung_share" not in runs[key] else share(rungs_dense(runs[key])),
-            ]
-            for name, key in (
-                ("naive: same formats, no certificate", "naive (uncertified)"),
-                ("rtol 0.1", "rtol 0.1"),
-                ("rtol 0.05", "rtol 0.05"),
-                ("**rtol 0.02 (default)**", "rtol 0.02 (default)"),
-            )
-        ]
         violations = sum(run["violations"] for run in audit["runs"])
         device = at["K8 V4 (default)"]
         figures["results"] = (
-            table(("cache", "greedy tokens equal to dense", "whole continuations equal", "head-steps served densely"), rows)
-            + f"\n\n{greedy['prompts']} passages of {greedy['prompt_tokens']:,} tokens, {greedy['new_tokens']} new tokens, "
-            f"embedded `prose` model, float32. Audited against float64 attention: {audit['head_steps']:,} head-steps over all "
-            f"formats, {violations} violations. Device bytes of the default format, everything counted: "
-            f"{device['device_over_dense']:.2f} of a dense bf16 cache at {device['tokens']:,} tokens (head size "
-            f"{memory['head_dim']}). All figures and how they were measured: [docs/measurements.md](docs/measurements.md)."
+            f"Audited against float64 attention: {audit['head_steps']:,} head-steps over all formats, {violations} violations. "
+            f"Device bytes of the default format, everything counted: {device['device_over_dense']:.2f} of a dense bf16 cache "
+            f"at {device['tokens']:,} tokens (head size {memory['head_dim']}). How the defaults were chosen: "
+            "[docs/measurements.md](docs/measurements.md)."
         )
     return figures
-
-
-def rungs_dense(run: dict[str, Any]) -> float:
-    """Share of head-steps served densely."""
-    return run["rung_share"]["dense_head"] + run["rung_share"]["dense_layer"]
 
 
 def fill(path: Path, name: str, part: str) -> None:

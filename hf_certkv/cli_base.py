@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+from .files import write_whole
 
 LONGEST_MESSAGE = 400  # characters of someone else's error message that are shown
 FILE_WIDTH = 118  # columns where the output is no terminal: the certificate's table fits
@@ -117,15 +118,6 @@ def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
     """Write a file whole or not at all."""
     path = path.expanduser()
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=indent)
-                file.write("\n")
-            Path(name).chmod(0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, json.dumps(data, indent=indent) + "\n")
     except OSError as error:
         fail(f"{path} cannot be written: {error.strerror or error}.")

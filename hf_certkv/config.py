@@ -80,9 +80,9 @@ class CertKVConfig:
         record: `"summary"` keeps running summaries at constant memory; `"full"` keeps every step as well.
         audit: compare every certified output with float64 attention over the originals; raise when a bound is broken.
         kernel: what computes a certified call. `"auto"`: the Triton kernels on CUDA (extra `gpu`), the fused CPU kernel on a
-        CPU
-            (extra `cpu`), where they are installed and the format suits them, else plain torch. `"reference"`: plain torch.
-            `"cpu"`, `"triton"`: as auto, but numba or triton must be there.
+            CPU (extra `cpu`), where they are installed and the format suits them, else plain torch. `"reference"`: plain
+            torch. `"cpu"`, `"triton"`: as auto, but numba or triton must be there. Blocks are encoded by compiled code
+            wherever it is installed: their codes are the same.
         seed: of the exploration in the paper's policy.
         paper_tau_cov, paper_k_min, paper_k_max, paper_v_tol, paper_rank_depth, paper_canary, paper_explore: the
             published method's monitors: coverage target, fewest and most blocks whose keys it raises, value threshold,

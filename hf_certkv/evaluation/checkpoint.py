@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .evidence import Evidence
 from .task import Outcome, Row
 
@@ -97,15 +96,7 @@ class Checkpoint:
 
     def save(self, process: int, progress: Progress) -> None:
         """Write one process's part whole or not at all."""
-        path = self.path(process)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"config_hash": self.config_hash, "progress": progress.state()}, file)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.path(process), json.dumps({"config_hash": self.config_hash, "progress": progress.state()}))
 
     def consolidate(self, progress: Progress) -> None:
         """Put what earlier sessions did into the first part, and take the others away."""
