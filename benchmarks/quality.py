@@ -42,7 +42,7 @@ RUNS: dict[str, tuple[list[str], list[str]]] = {
     "prose_ppl": (["ppl", "-m", "prose", *BOOK, "--context", "1024,2048", "--items", "40", "--score-last", "256"], CACHES),
     "prose_ppl_whole": (["ppl", "-m", "prose", *BOOK, "--context", "1024", "--items", "20", "--score-all"], FEW),
     "prose_divergence": (["divergence", "-m", "prose", *BOOK, "--context", "1024,2048", "--items", "40"], CACHES),
-    "prose_ruler": (["ruler", "-m", "prose", "--tasks", RULER, "--context", "1024,2048", "--items", "10"], FEW),
+    "prose_ruler": (["ruler", "-m", "prose", "--tasks", RULER, "--context", "1152,2048", "--items", "10"], FEW),
     "retriever_needle": (["needle", "-m", "retriever", "--context", "1024,2048,8192", "--items", "10"], CACHES),
     "retriever_needle_hard": (
         ["needle", "-m", "retriever", "--context", "8192", "--margin", "6", "--needles", "10", "--items", "20"],

@@ -40,6 +40,7 @@ from .cli_bench import bench
 from .cli_card import card
 from .cli_eval import app as evaluation
 from .cli_matrix import matrix
+from .cli_report import report
 from .cli_verify import verify
 
 app = typer.Typer(
@@ -228,6 +229,7 @@ app.command()(verify)
 app.command()(bench)
 app.command()(matrix)
 app.add_typer(evaluation)
+app.command()(report)
 app.command()(card)
 
 

@@ -37,7 +37,8 @@ def human_bytes(count: float) -> str:
 
 
 def _plain_text(renderable: RenderableType) -> str:
-    console = Console(file=StringIO(), width=110, force_terminal=False)
+    # In a notebook rich would show the table in the cell, and leave the text empty.
+    console = Console(file=StringIO(), width=110, force_terminal=False, force_jupyter=False)
     console.print(renderable)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
 

@@ -13,7 +13,8 @@ import pytest
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
-def _none(why: str) -> NoReturn:
+def give_up(why: str) -> NoReturn:
+    """Skip the test, or fail it in CI."""
     if os.environ.get("CI"):
         pytest.fail(f"{why}; with CI set the pages must be tested in a browser.")
     pytest.skip(why)
@@ -25,16 +26,16 @@ def chromium() -> Iterator[Any]:
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
-        _none("playwright is not installed")
+        give_up("playwright is not installed")
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     with sync_playwright() as playwright:
         where = found or playwright.chromium.executable_path
         if not Path(where).exists():
-            _none("no Chromium was found")
+            give_up("no Chromium was found")
         try:
             browser = playwright.chromium.launch(executable_path=where, args=["--no-sandbox"])
         except Error as error:
-            _none(f"Chromium does not start ({str(error).splitlines()[0]})")
+            give_up(f"Chromium does not start ({str(error).splitlines()[0]})")
         yield browser
         browser.close()
 

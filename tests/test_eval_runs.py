@@ -355,8 +355,8 @@ def test_a_runs_hash_tells_runs_apart(tmp_path: Path) -> None:
     assert len(hashes) == 5
 
 
-def test_a_run_file_has_no_numbers_that_json_has_not() -> None:
-    assert strict({"a": [1.0, float("inf"), (float("nan"), 2)]}) == {"a": [1.0, None, [None, 2]]}
+def test_what_is_no_number_is_none_and_infinity_stays() -> None:
+    assert strict({"a": [1.0, float("inf"), (float("nan"), 2)]}) == {"a": [1.0, float("inf"), [None, 2]]}
 
 
 def cli(*arguments: str) -> Any:

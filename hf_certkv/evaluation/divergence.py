@@ -36,7 +36,8 @@ class Divergence(Task):
         super().__init__(model, tokenizer)
         if new_tokens < 1:
             raise InputError(f"--new-tokens {new_tokens}: expected at least 1.")
-        self.source, self.contexts, self.steps = source, contexts, new_tokens
+        self.source, self.contexts, self.new_tokens = source, contexts, new_tokens
+        self.steps = new_tokens - 1  # the first comes of the prompt itself
         self.windows = {context: source.windows(tokenizer, context, items) for context in contexts}
         self.metric = Metric(
             "until", "tokens until the first that differs from dense", f"of {new_tokens} tokens", higher_is_better=True,
@@ -46,7 +47,7 @@ class Divergence(Task):
     def settings(self) -> dict[str, Any]:
         """What decides the scores."""
         items = len(next(iter(self.windows.values())))
-        return {"contexts": list(self.contexts), "items": items, "new_tokens": self.steps, **self.source.describe()}
+        return {"contexts": list(self.contexts), "items": items, "new_tokens": self.new_tokens, **self.source.describe()}
 
     def pieces(self) -> list[str]:
         """A prompt each."""
@@ -61,11 +62,10 @@ class Divergence(Task):
         dense: list[int] = []
         for name, make in makers.items():
             cache = make()
-            found = greedy(self.model, prompt, cache, self.steps, stop=False)
+            found = greedy(self.model, prompt, cache, self.new_tokens, stop=False)
             dense = found if name == DENSE else dense
             until = next((i for i, (a, b) in enumerate(zip(found, dense, strict=True)) if a != b), len(dense))
             text = self.tokenizer.decode(found)[:SHOWN]
             scores[name] = {"score": float(until), "equal": float(until == len(dense)), "text": text}
-            # The first new token comes of the prompt itself.
-            runs[name] = [Run(cache, self.steps - 1)]
+            runs[name] = [Run(cache, self.steps)]
         return Outcome([Row(piece, context, {}, scores)], runs)

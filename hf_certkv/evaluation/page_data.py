@@ -161,7 +161,7 @@ def unit_of(run: Run) -> str:
 
 
 def verdict(run: Run, interval: dict[str, Any]) -> str:
-    """What a difference and its interval say, in a word or two: "no difference found", "better", "worse", or "" without an interval."""
+    """What a difference and its interval say, in a word or two; nothing without an interval."""
     low, high = interval.get("low"), interval.get("high")
     if low is None or high is None or is_against_itself(run):
         return ""
@@ -174,9 +174,7 @@ def per_step(trace: dict[str, Any]) -> list[float | None]:
     """Bytes moved in one decode step of one item, all layers together, by column; None where no step was certified."""
     rows = len(trace["rows"])
     head_steps = [sum(column) for column in zip(*trace["rungs"].values(), strict=True)]
-    return [
-        None if not found else moved * rows / found for moved, found in zip(trace["bytes_moved"], head_steps, strict=True)
-    ]
+    return [None if not found else moved * rows / found for moved, found in zip(trace["bytes_moved"], head_steps, strict=True)]
 
 
 def steps_of(trace: dict[str, Any], column: int) -> tuple[int, int]:
@@ -271,6 +269,14 @@ def planned_of(run: Run, name: str) -> list[Planned]:
     planned = run.get("memory", {}).get("planned", {}).get(name, {})
     found = [point for context, memory in planned.items() if (point := point_of(int(context), memory))]
     return sorted(found, key=lambda point: point.context)
+
+
+def with_measured(points: list[Planned], context: int | None, memory: dict[str, Any] | None) -> list[Planned]:
+    """The planned points, and what was measured as one of its own where its context is shorter or longer than all of them."""
+    if not points or not context or not memory or points[0].context <= context <= points[-1].context:
+        return points
+    found = point_of(context, memory)
+    return sorted([*points, *([found] if found else [])], key=lambda point: point.context)
 
 
 def point_of(context: int, memory: dict[str, Any]) -> Planned | None:

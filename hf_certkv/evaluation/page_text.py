@@ -8,7 +8,8 @@ from typing import Any
 
 from ..report import human_bytes
 
-NONE = "–"  # where there is no figure
+NONE = DASH = "\u2013"  # where there is no figure; and from one figure to another
+MINUS = "\u2212"
 MOST_DECIMALS = 8
 
 
@@ -17,7 +18,7 @@ def short(value: float | None, digits: int = 3) -> str:
     if value is None:
         return NONE
     if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
+        return "∞" if value > 0 else f"{MINUS}∞"
     if value == 0:
         return "0"
     if abs(value) >= 10**digits:
@@ -50,7 +51,7 @@ def tolerance_text(rtol: float) -> str:
 
 def minus(text: str) -> str:
     """With a minus sign that is as wide as a plus."""
-    return text.replace("-", "−")
+    return text.replace("-", MINUS)
 
 
 def signed(value: float, decimals: int) -> str:
@@ -71,11 +72,13 @@ def difference(interval: dict[str, Any] | None, scale: float = 1.0) -> tuple[str
     """A mean difference, and its interval as text; the second is empty where there is none."""
     if interval is None:
         return NONE, ""
-    scaled = {key: None if value is None else scale * value for key, value in interval.items() if key in ("mean", "low", "high")}
+    scaled = {
+        key: None if value is None else scale * value for key, value in interval.items() if key in ("mean", "low", "high")
+    }
     places = decimals_for(scaled)
     low, high = scaled.get("low"), scaled.get("high")
     ends = "" if low is None or high is None else f"{signed(low, places)} to {signed(high, places)}"
-    return signed(scaled["mean"], places), ends
+    return signed(scale * interval["mean"], places), ends
 
 
 def p_value(p: float | None) -> str:

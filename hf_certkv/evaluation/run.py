@@ -84,6 +84,7 @@ class Run:
             audited = piece in pieces[: self.audit]
             makers = {spec.name: partial(spec.make, self.task.model.config, audited) for spec in self.specs}
             outcome = self.task.measure(piece, makers)
+            _mark_equal(outcome.rows)
             mine.add(piece, outcome, self.task.steps, timed=not audited)
             mine.seconds += time.perf_counter() - start
             checkpoint.save(process, mine)
@@ -129,7 +130,7 @@ class Run:
             "summary": {spec.name: self._summary(spec.name, rows) for spec in self.specs},
             "certificates": certificates,
             "memory": {
-                "measured": {name: part["memory"] for name, part in certificates.items()},
+                "measured": self._measured(certificates),
                 **planned_memory(self.task.model, self.specs),
             },
             "speed": _speed(progress.timings),
@@ -137,6 +138,12 @@ class Run:
             "seconds": round(progress.seconds, 1),
         }
         return strict(found)
+
+    def _measured(self, certificates: dict[str, Any]) -> dict[str, Any]:
+        """What the caches of the longest item held, the dense one included: all of them had the same tokens."""
+        found = {name: part["memory"] for name, part in certificates.items()}
+        dense = max((memory["dense_bytes"] for memory in found.values()), default=0)
+        return {DENSE: MemoryReport({"exact": dense}, dense).to_dict(), **found} if found else {}
 
     def _summary(self, name: str, rows: list[Row]) -> dict[str, Any]:
         contexts = {str(context): [row for row in rows if row.context == context] for context in {row.context for row in rows}}
@@ -186,6 +193,15 @@ def planned_memory(model: PreTrainedModel, specs: list[CacheSpec]) -> dict[str, 
     except UnsupportedModelError:
         return {}
     return {"planned": planned} if planned else {}
+
+
+def _mark_equal(rows: list[Row]) -> None:
+    """Say of each answer whether it is the dense cache's, word for word."""
+    for row in rows:
+        dense = row.scores[DENSE]
+        for scores in row.scores.values():
+            if "text" in scores:
+                scores.setdefault("equal", float(scores["text"] == dense["text"]))
 
 
 def describe_model(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -238,9 +254,9 @@ def _speed(timings: dict[str, dict[str, float]]) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """As plain JSON types, None for what is no number. Infinity stays: it is a bound like others, and Python's JSON has it."""
     if isinstance(value, dict):
         return {key: strict(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Run files (docs/evaluation.md): read, and checked to the last value, so that nothing that is drawn of one can fail half-way."""
+"""Run files (docs/evaluation.md): read, and checked to the last value, so that nothing drawn of one can fail half-way."""
 
 from __future__ import annotations
 
@@ -51,10 +51,12 @@ def load_run(path: str | Path) -> dict[str, Any]:
 
 
 def check_run(run: Any) -> None:
-    """Raises: InputError: this is not what docs/evaluation.md describes; the message says which value, and what was expected."""
+    """Raises: InputError: this is not what docs/evaluation.md describes; the message says what is wrong, and where."""
     if not isinstance(run, dict) or run.get("format") != FORMAT:
         given = run.get("format") if isinstance(run, dict) else run
-        raise InputError(f'not a run file: its format is {_shown(given)}, expected "{FORMAT}" (`certkv eval --json` writes one).')
+        raise InputError(
+            f'not a run file: its format is {_shown(given)}, expected "{FORMAT}" (`certkv eval --json` writes one).'
+        )
     if run.get("version") != VERSION or isinstance(run.get("version"), bool):
         raise InputError(f"a run file of version {_shown(run.get('version'))}; this version of the package reads {VERSION}.")
     if run.get("kind") not in KINDS:
@@ -219,7 +221,9 @@ def _same_shape(trace: dict[str, Any], where: str) -> None:
     """Every grid and list of a trace is as long as it must be."""
     columns, rows = trace["columns"], len(trace["rows"])
     if columns > MOST_COLUMNS or rows > MOST_ROWS:
-        raise InputError(f"{where.lstrip('.')}: {rows:,} rows of {columns:,} columns; expected at most {MOST_ROWS:,} of {MOST_COLUMNS:,}.")
+        raise InputError(
+            f"{where.lstrip('.')}: {rows:,} rows of {columns:,} columns; expected at most {MOST_ROWS:,} of {MOST_COLUMNS:,}."
+        )
     grids = {name: trace[name] for name in ("bound_max", "bound_mean", "candidate_max")}
     lists = {"bytes_moved": trace["bytes_moved"], "items": trace["items"]}
     lists |= {f"rungs.{name}": values for name, values in trace["rungs"].items()}
@@ -242,14 +246,12 @@ def _pair(first: Check, second: Check) -> Check:
     return check
 
 
-_QUANTILES = record({"max": bound}, {"count": count, **{name: bound for name in ("mean", "p50", "p90", "p99")}})
+_QUANTILES = record({"max": bound}, {"count": count, **dict.fromkeys(("mean", "p50", "p90", "p99"), bound)})
 _RELATIVE = mapping(optional(_QUANTILES))
 _RUNGS = record(dict.fromkeys(RUNGS, count))
 _HEAD = record({"rungs": _RUNGS, "relative": _RELATIVE})
 _OVERALL = record({"head_steps": count, "rungs": _RUNGS, "relative": _RELATIVE}, {"bytes_moved": count})
-_LAYER = record(
-    {"head_steps": count, "rungs": _RUNGS, "relative": _RELATIVE}, {"bytes_moved": count, "heads": listed(_HEAD)}
-)
+_LAYER = record({"head_steps": count, "rungs": _RUNGS, "relative": _RELATIVE}, {"bytes_moved": count, "heads": listed(_HEAD)})
 _GRID = listed(listed(optional(bound)))
 _TRACE = record(
     {
@@ -280,16 +282,12 @@ _SUMMARY = record(
         "equal": optional(number), "perplexity": optional(number), "perplexity_difference": optional(_INTERVAL),
     },
 )  # fmt: skip
-_SUMMARIES = record(
-    {"overall": _SUMMARY}, {"contexts": mapping(_SUMMARY, numbered=True), "tasks": mapping(_SUMMARY)}
-)
+_SUMMARIES = record({"overall": _SUMMARY}, {"contexts": mapping(_SUMMARY, numbered=True), "tasks": mapping(_SUMMARY)})
 _ITEM = record(
     {"id": either(count, text), "scores": mapping(record({"score": optional(number)}, {"kl": optional(number)}, also=plain))},
     {"context": optional(count), "group": optional(mapping(either(number, text)))},
 )
-_METRIC = record(
-    {"name": text, "label": text, "unit": text, "higher_is_better": flag, "right_or_wrong": flag}
-)
+_METRIC = record({"name": text, "label": text, "unit": text, "higher_is_better": flag, "right_or_wrong": flag})
 _SETTINGS = optional(mapping(plain))
 
 

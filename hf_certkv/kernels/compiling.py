@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import importlib
 import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from ..interrupts import uninterrupted
 
 _announced = False
 
@@ -35,10 +39,22 @@ def address(function: Any) -> int:
     """Where the C function `void f(intp)` of a kernel begins; compiled, or taken from disk, if that was not done before."""
     from numba import types
 
-    function.compile((types.intp,))
+    if is_kept(function):
+        with uninterrupted():  # numba frees much while it loads, and Ctrl-C in a destructor gets lost
+            function.compile((types.intp,))
+    else:
+        function.compile((types.intp,))
     compiled = function.overloads[(types.intp,)]
     found: int = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
     return found
+
+
+@cache
+def numba() -> Any:
+    """The module, imported at first use."""
+    with uninterrupted():  # garbage of others is freed meanwhile, and Ctrl-C in a destructor gets lost
+        gc.collect()
+        return importlib.import_module("numba")
 
 
 @cache
@@ -57,14 +73,14 @@ def kernel(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     numba takes what it has on disk for a function if that function's own file is unchanged. A kernel of yesterday must not
     measure blocks for the codec of today: the name that goes into the cache has the version of all sources in it.
     """
-    import numba
+    njit = numba().njit
 
     def compiled(function: Callable[..., Any]) -> Any:
         try:
             function.__qualname__ += f"_{version()}"
-            return numba.njit(nogil=True, cache=True, **options)(function)
+            return njit(nogil=True, cache=True, **options)(function)
         except (RuntimeError, OSError):  # there is no place to write to, or no source to read
-            return numba.njit(nogil=True, **options)(function)
+            return njit(nogil=True, **options)(function)
 
     return compiled
 
@@ -118,11 +134,9 @@ def part(function: Callable[..., Any], **options: Any) -> Any:
     may be in any order, so that its loops can be vectorised, that is done before it is written out among others: later LLVM
     misses some.
     """
-    import numba
-
     inner: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "fastmath": False, **options}
     compiler = _linked(inner["fastmath"] is True or "reassoc" in (inner["fastmath"] or ()))
-    return numba.njit(nogil=True, error_model="numpy", pipeline_class=compiler, **inner)(function)
+    return numba().njit(nogil=True, error_model="numpy", pipeline_class=compiler, **inner)(function)
 
 
 def swift(function: Callable[..., Any]) -> Any:
