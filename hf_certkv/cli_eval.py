@@ -166,11 +166,10 @@ def ruler(
     """The RULER tasks of lm-evaluation-harness."""
 
     def make(loaded: Any, tokenizer: Any) -> Any:
-        from .embedded import resolve_model
         from .evaluation.ruler import Ruler
 
         names = tuple(part.strip() for part in tasks.split(",") if part.strip())
-        return Ruler(loaded, tokenizer, resolve_model(model), names, contexts(context), items, seed, new_tokens)
+        return Ruler(loaded, tokenizer, names, contexts(context), items, seed, new_tokens)
 
     _run(make, model, cache, audit, seed, dtype, device, json_file, overwrite)
 

@@ -46,7 +46,7 @@ def loaded(name: str) -> tuple[Any, Any]:
 
 def ruler(name: str, tasks: tuple[str, ...], contexts: tuple[int, ...], seed: int = 0, new: int | None = None) -> Ruler:
     model, tokenizer = loaded(name)
-    return Ruler(model, tokenizer, embedded_path(name), tasks, contexts, 2, seed, new)
+    return Ruler(model, tokenizer, tasks, contexts, 2, seed, new)
 
 
 def prompts(task: Ruler) -> dict[str, str]:
@@ -100,7 +100,7 @@ metadata = {"max_seq_lengths": [1152], "tokenizer": str(path)}
 own = TaskManager(include_defaults=False, include_path=folder, metadata=metadata).load(["ruler_cwe"])["tasks"]["ruler_cwe"]
 found = {f"ruler_cwe/1152/{index}": own.eval_docs[index]["input"] for index in range(2)}
 model, tokenizer = load_embedded("prose")
-task = Ruler(model, tokenizer, path, ("fwe", "cwe", "vt"), (1152,), 2)
+task = Ruler(model, tokenizer, ("fwe", "cwe", "vt"), (1152,), 2)
 print(json.dumps([found, {piece: task.prompt(piece) for piece in task.pieces()}]))
 """
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_run_is_told(options: dict[str, Any], words: list[str]) -
     model, tokenizer = loaded("prose")
     given: dict[str, Any] = {"tasks": ("niah_single_1",), "contexts": (512,), "items": 2, **options}
     with pytest.raises(InputError) as error:
-        Ruler(model, tokenizer, embedded_path("prose"), **given)
+        Ruler(model, tokenizer, **given)
     for word in words:
         assert word in str(error.value)
 
@@ -264,7 +264,7 @@ def bytes_only() -> Tokenizer:
 def test_tokenizers_that_lm_eval_never_comes_to_an_end_with(made: Callable[[], Tokenizer], task: str, said: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made())
     with pytest.raises(InputError, match=said):
-        Ruler(loaded("prose")[0], tokenizer, "-", (task,), (2048,), 2)
+        Ruler(loaded("prose")[0], tokenizer, (task,), (2048,), 2)
 
 
 @pytest.mark.parametrize(("module", "task"), [("lm_eval.tasks", "vt"), ("nltk", "vt"), ("wonderwords", "niah_single_1")])
@@ -280,7 +280,7 @@ def test_the_tokenizer_is_left_alone() -> None:
     model, _ = loaded("prose")
     _, tokenizer = load_embedded("prose")
     tokenizer.pad_token = None
-    Ruler(model, tokenizer, embedded_path("prose"), ("fwe",), (512,), 1)
+    Ruler(model, tokenizer, ("fwe",), (512,), 1)
     assert tokenizer.pad_token is None
 
 

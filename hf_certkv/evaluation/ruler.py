@@ -71,9 +71,8 @@ class _Step(int):
 class Ruler(Task):
     """Samples of RULER tasks, answered greedily; the score is lm-eval's, the share of the wanted strings in the answer.
 
-    Args: tokenizer_name: of the tokenizer, as lm-eval's tasks are told it; tasks: names, with or without `ruler_`; contexts:
-        tokens of prompt and answer; items: samples of each task and context; max_new_tokens: of an answer, None leaves it to
-        each task.
+    Args: tasks: names, with or without `ruler_`; contexts: tokens of prompt and answer; items: samples of each task and
+        context; max_new_tokens: of an answer, None leaves it to each task.
 
     Raises: InputError: an unknown task, sizes out of range or too small for a task, or what a task is made from cannot be
         downloaded; MissingDependencyError: lm-eval, or what its tasks need, is not installed.
@@ -86,7 +85,6 @@ class Ruler(Task):
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        tokenizer_name: str | Path,
         tasks: tuple[str, ...],
         contexts: tuple[int, ...],
         items: int,
@@ -99,7 +97,6 @@ class Ruler(Task):
         if items < 1 or (max_new_tokens is not None and max_new_tokens < 1):
             raise InputError(f"--items {items}, --new-tokens {max_new_tokens}: expected at least 1.")
         self.contexts, self.items, self.seed, self.max_new_tokens = contexts, items, seed, max_new_tokens
-        self._tokenizer_name = str(tokenizer_name)
         self._check_tokenizer()
         with _quiet():
             files = _files()
@@ -173,7 +170,7 @@ class Ruler(Task):
             with _seeded(self.seed, spaces), _replaced(spaces, **stand_ins):
                 return own(**metadata)
 
-        metadata = {**config["metadata"], "max_seq_lengths": [context], "tokenizer": self._tokenizer_name}
+        metadata = {**config["metadata"], "max_seq_lengths": [context], "tokenizer": "loaded"}
         try:
             task = ConfigurableTask(config={**config, "custom_dataset": limited, "metadata": metadata})
         except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # what lm-eval ends in where nothing fits
