@@ -11,7 +11,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # What runs every branch of the mathematics (bounds, codecs, ladder, records).
 COVERING := $(addprefix tests/test_,bounds.py codecs.py ladder.py records.py)
 
-.PHONY: demo test lint unit coverage verify oldest measure bench clean
+.PHONY: demo test lint unit coverage verify oldest measure quality bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/certkv demo --out demo_out
@@ -42,6 +42,11 @@ verify: $(VENV)/.installed
 # The figures of docs/measurements.md (about an hour on two cores); TEXT is a book as plain text.
 measure: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.measure all $(if $(TEXT),--text $(TEXT))
+
+# What caches do to the embedded models' answers: docs/quality.md, the README's table and the model cards (about an hour on two
+# cores; what was measured before is kept); TEXT is a book as plain text.
+quality: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality measure --text $(TEXT)
 
 # The figures of docs/benchmarks.md: two threads, all systems in turns, the longest context 128K.
 bench: $(VENV)/.installed

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to check and to measure on a GPU machine, in one call of at most BUDGET seconds. Installs nothing from the
 # network. Results go to $OUT, as a handful of files: gpu.json (all figures), log.txt (all output), profile.txt, device.json,
-# verify.json, bench.json. The exit status is 1 if any part failed or had no time left; the others run all the same.
+# verify.json, bench.json, eval.json. The exit status is 1 if any part failed or had no time left; the others run all the same.
 #
 #   OUT=gpu_out benchmarks/gpu.sh                   all parts, in the order of their importance
 #   PARTS="tests attention" benchmarks/gpu.sh       some of them; gpu.json keeps what earlier calls found of the others
@@ -34,7 +34,7 @@ for name in ("torch", "triton", "transformers", "accelerate", "numpy", "numba", 
         print(name, version(name))
     except PackageNotFoundError:
         print(name, "is missing")
-needed = ("torch", "transformers", "accelerate", "safetensors", "numpy", "typer", "rich", "xxhash", "matplotlib", "triton")
+needed = ("torch", "transformers", "accelerate", "safetensors", "numpy", "typer", "rich", "xxhash", "matplotlib", "triton", "jinja2", "yaml")
 missing = [name for name in needed if util.find_spec(name) is None]
 if missing:
     print("MISSING, and needed:", ", ".join(missing))
@@ -83,6 +83,14 @@ bench() {
   return "$status"
 }
 
+# Answers, bounds and memory at 32K tokens; `certkv report` makes a page of it.
+quality() {
+  local context=8192,32768
+  if [[ $DEVICE == cpu ]]; then context=300; fi
+  certkv eval needle --model retriever --device "$DEVICE" --context "$context" --depths 10 --needles 10 --items 2 --json "$OUT/eval.json" \
+    --overwrite
+}
+
 # In a dry run nothing is compiled for the CPU: that takes longer than all the rest.
 measure() {
   local options=(--device "$DEVICE" --out "$OUT")
@@ -97,7 +105,7 @@ if [[ ${1:-} == --function ]]; then
   exit
 fi
 
-PARTS=${PARTS:-versions tests exp attention costs decode long device verify bench}
+PARTS=${PARTS:-versions tests exp attention costs decode long device verify bench quality}
 BUDGET=${BUDGET:-530}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
 LOG=$OUT/log.txt
@@ -141,6 +149,7 @@ part long 110 measure long
 part device 70 device
 part verify 60 verify
 part bench 60 bench
+part quality 60 quality
 
 if ((${#FAILED[@]})); then
   say "
