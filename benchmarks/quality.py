@@ -40,11 +40,12 @@ RULER = "niah_single_1,niah_multikey_2,niah_multikey_3,ruler_vt,ruler_cwe,ruler_
 
 BOOK = ["--text", "{text}"]
 RUNS: dict[str, tuple[list[str], list[str]]] = {
-    "prose_ppl": (["ppl", "-m", "prose", *BOOK, "--context", "1024,2048", "--items", "25", "--score-last", "256"], PROSE),
-    "prose_ppl_whole": (["ppl", "-m", "prose", *BOOK, "--context", "1024", "--items", "8", "--score-all"], FEW),
-    "prose_divergence": (["divergence", "-m", "prose", *BOOK, "--context", "1024,2048", "--items", "40"], CACHES),
-    "prose_ruler": (["ruler", "-m", "prose", "--tasks", RULER, "--context", "1152,2048", "--items", "5"], FEW),
-    "retriever_needle": (["needle", "-m", "retriever", "--context", "1024,2048,8192", "--items", "10"], CACHES),
+    "prose_ppl_1024": (["ppl", "-m", "prose", *BOOK, "--context", "1024", "--items", "16", "--score-last", "256"], PROSE),
+    "prose_ppl_2048": (["ppl", "-m", "prose", *BOOK, "--context", "2048", "--items", "16", "--score-last", "256"], PROSE),
+    "prose_ppl_whole": (["ppl", "-m", "prose", *BOOK, "--context", "1024", "--items", "4", "--score-all"], FEW),
+    "prose_divergence": (["divergence", "-m", "prose", *BOOK, "--context", "1024,2048", "--items", "12"], PROSE),
+    "prose_ruler": (["ruler", "-m", "prose", "--tasks", RULER, "--context", "1152,2048", "--items", "3"], FEW),
+    "retriever_needle": (["needle", "-m", "retriever", "--context", "1024,2048", "--items", "4"], CACHES),
     "retriever_needle_hard": (
         ["needle", "-m", "retriever", "--context", "8192", "--margin", "6", "--needles", "10", "--items", "20"],
         CACHES,

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.tables import ROOT, share, table
+from hf_certkv.evaluation.card_text import upward
 
 PAGE = ROOT / "docs" / "quality.md"
 DEFAULT = "certified K8 V4"
@@ -17,9 +18,10 @@ README_CACHES = {
     "certified K8 V8": "certified, 8-bit values",
     "paper's policy": "certified, published policy",
 }
-LONG = "2048"  # tokens: the context that the README shows
+LONG = 2048  # tokens: the context that the README shows
 TITLES = {
-    "prose_ppl": "Perplexity, the last 256 tokens of windows",
+    "prose_ppl_1024": "Perplexity, the last 256 of 1,024 tokens",
+    "prose_ppl_2048": "Perplexity, the last 256 of 2,048 tokens",
     "prose_ppl_whole": "Perplexity, whole windows",
     "prose_divergence": "Greedy continuations",
     "prose_ruler": "RULER",
@@ -51,12 +53,11 @@ def certificate(run: Run, name: str) -> list[str]:
     if found is None:
         return ["-"] * 4 + ["1.00"]
     shares, bound = found["overall"]["rung_share"], found["overall"]["relative"]["bound"]
-    fast, raised = shares["fast"] + shares["uncertified"], shares["keys"] + shares["values"]
-    largest = "-" if bound is None else f"{math.ceil(bound['max'] * 1e4) / 1e2:.2f} %"
+    memory, largest = f"{found['memory']['device_over_dense']:.2f}", "-" if bound is None else upward(bound["max"])
     if not found["certified"]:
-        largest += " (not enforced)"
-    cells = [*map(share, (fast, raised, shares["dense_head"] + shares["dense_layer"])), largest]
-    return [*cells, f"{found['memory']['device_over_dense']:.2f}"]
+        return ["-", "-", "-", f"({largest}, not enforced)", memory]
+    parts = shares["fast"], shares["keys"] + shares["values"], shares["dense_head"] + shares["dense_layer"]
+    return [*map(share, parts), largest, memory]
 
 
 def spent(run: Run, name: str) -> str:
@@ -166,18 +167,18 @@ def page(runs: dict[str, Run]) -> str:
 
 def readme(runs: dict[str, Run], caches: dict[str, str]) -> str:
     """The README's table of quality, memory and speed."""
-    ppl, greedy, hard = (runs.get(name) for name in ("prose_ppl", "prose_divergence", "retriever_needle_hard"))
+    ppl, greedy, hard = (runs.get(name) for name in (f"prose_ppl_{LONG}", "prose_divergence", "retriever_needle_hard"))
     if ppl is None or greedy is None or hard is None:
         return ""
     rows = []
     for cache, shown in caches.items():
-        likelihood, facts = ppl["summary"][cache]["contexts"][LONG], hard["summary"][cache]["overall"]
+        likelihood, facts = ppl["summary"][cache]["overall"], hard["summary"][cache]["overall"]
         pairs = facts["discordant"]
         rows.append(
             [
                 shown,
                 f"{likelihood['perplexity']:.3f}" if cache == "dense" else interval(likelihood["perplexity_difference"], 3),
-                share(greedy["summary"][cache]["contexts"][LONG]["equal"]),
+                share(greedy["summary"][cache]["contexts"][str(LONG)]["equal"]),
                 share(facts["score"]) + ("" if pairs is None else f", p {pairs['p']:.2g}"),
                 certificate(ppl, cache)[0],
                 certificate(ppl, cache)[4],
@@ -185,10 +186,10 @@ def readme(runs: dict[str, Run], caches: dict[str, str]) -> str:
             ]
         )
     header = (
-        f"cache, {int(LONG):,} tokens", "perplexity and difference [95 %]", "continuations equal to dense",
+        f"cache, {LONG:,} tokens", "perplexity and difference [95 %]", "continuations equal to dense",
         "facts found, McNemar", "fast path", "device memory", "decode step",
     )  # fmt: skip
-    default = ppl["summary"][DEFAULT]["contexts"][LONG]
+    default = ppl["summary"][DEFAULT]["overall"]
     count = default["items"]
     found = (
         "no difference from dense was found"

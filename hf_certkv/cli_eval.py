@@ -264,7 +264,14 @@ def _execute(
                 said = f"What was done is in {escape(str(out))}; the same command goes on from there."
                 messages().print(said, soft_wrap=True)
             raise
+        except OSError as error:
+            bar.stop()
+            fail(
+                f"{out}: nothing can be written beside it ({error.strerror or error}); what was kept so far is gone on with.", 1
+            )
     if found is not None:
+        if not overwrite:
+            _is_done(out, run.config_hash)  # another run may have come to its end meanwhile
         write_json(out, found, indent=None)
         run.clear(out)
         console_for(stderr=False).print(table(found))
@@ -290,7 +297,9 @@ def table(run: dict[str, Any]) -> Table:
     metric = run["task"]["metric"]
     title = f"{run['task']['name']} on {run['model']['name']}, {len(run['items'])} items: {metric['label']}, {metric['unit']}"
     found = Table(title=escape(title), title_justify="left")
-    found.caption = "difference: from dense, item by item, with its 95 % interval; bound: the largest, over the output's norm"
+    found.caption = (
+        "difference: from dense, item by item, with its 95 % interval; bound: the largest (in brackets: not enforced)"
+    )
     for column in ("cache", metric["name"], "difference", "p", "fast", "raised", "dense", "bound", "device", "time"):
         found.add_column(column, justify="left" if column == "cache" else "right", no_wrap=column != "cache")
     for spec in run["caches"]:
@@ -316,10 +325,13 @@ def interval(change: dict[str, Any]) -> str:
 def _certificate_cells(certificate: dict[str, Any] | None) -> list[str]:
     if certificate is None or not certificate["overall"]["head_steps"]:
         return ["-"] * 5
+    from .evaluation.card_text import upward
+
     shares, bound = certificate["overall"]["rung_share"], certificate["overall"]["relative"]["bound"]
-    fast, raised = shares["fast"] + shares["uncertified"], shares["keys"] + shares["values"]
+    memory = f"{certificate['memory']['device_over_dense']:.2f}"
+    largest = "-" if bound is None else upward(bound["max"])
+    if not certificate["certified"]:
+        return ["-", "-", "-", f"[red]({largest})[/]", memory]
+    fast, raised = shares["fast"], shares["keys"] + shares["values"]
     cells = [f"{part:.1%}" for part in (fast, raised, shares["dense_head"] + shares["dense_layer"])]
-    largest = None if bound is None else bound["max"]
-    shown = "-" if largest is None else f"{largest:.2%}"
-    cells.append(shown if certificate["certified"] else f"[red]{shown}[/]")
-    return [*cells, f"{certificate['memory']['device_over_dense']:.2f}"]
+    return [*cells, largest, memory]

@@ -333,14 +333,14 @@ def test_parts_that_were_taken_up_elsewhere_do_not_count_twice(tmp_path: Path) -
     run.execute(out)
     checkpoint = Checkpoint(out, run.config_hash)
     whole = checkpoint.load()
-    (tmp_path / "run.json.part-1").write_bytes(checkpoint.path(0).read_bytes())
-    (tmp_path / "run.json.part-2").write_text("{torn", encoding="utf-8")
+    checkpoint.path(1).write_bytes(checkpoint.path(0).read_bytes())
+    checkpoint.path(2).write_text("{torn", encoding="utf-8")
     assert len(checkpoint.load().rows) == len(whole.rows) == 4
     assert comparable(run.result(checkpoint.load(), 1)) == comparable(run.result(whole, 1))
     other = Checkpoint(out, "another run's hash")
     assert not other.load().pieces
     checkpoint.consolidate(checkpoint.load())
-    assert [path.name for path in tmp_path.glob("run.json*")] == ["run.json.part-0"]
+    assert [path.name for path in tmp_path.glob("run.json*")] == [checkpoint.path(0).name]
 
 
 def test_a_runs_hash_tells_runs_apart(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import InputError
@@ -13,6 +12,7 @@ from .card_escape import one_line
 from .card_text import TITLES, chosen, section
 from .page_data import CacheView, caches_of
 from .runs import load_run
+from .summary import summary
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -67,18 +67,32 @@ def usable(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: the cache {cache['name']!r} has no score; a card says only what was measured.")
         if cache["settings"] is not None and cache["name"] not in run["certificates"]:
             raise InputError(f"{path}: the cache {cache['name']!r} has no certificates; a card says only what was measured.")
-        scores = [item["scores"].get(cache["name"], {}).get("score") for item in run["items"]]
-        if None in scores:
+        if any(item["scores"].get(cache["name"], {}).get("score") is None for item in run["items"]):
             raise InputError(
                 f"{path}: an item has no score of the cache {cache['name']!r}; a card says only what was measured."
             )
-        mean = fmean(scores)
-        if part["items"] != len(run["items"]) or not math.isclose(mean, part["score"], rel_tol=1e-6, abs_tol=1e-9):
+        task = run["task"]
+        found = summary(cache["name"], run["items"], task["name"], task["metric"]["right_or_wrong"], run.get("seed") or 0)
+        where = _differs(run["summary"][cache["name"]], found)
+        if where is not None:
             raise InputError(
-                f"{path}: the summary of {cache['name']!r} says {part['score']} of {part['items']} items, but the mean of the "
-                f"{len(run['items'])} items is {mean}: the file was changed after it was written."
+                f"{path}: the summary of {cache['name']!r} is not that of the items ({where}): the file was changed after it "
+                "was written."
             )
     return run
+
+
+def _differs(shown: Any, found: Any, where: str = "") -> str | None:
+    """Where a summary is not what was found; None where it is. Ends of intervals are not compared: versions of scipy differ."""
+    if isinstance(found, dict):
+        if not isinstance(shown, dict):
+            return where
+        keys = [key for key in found if key not in ("low", "high")]
+        places = (_differs(shown.get(key), found[key], f"{where}.{key}".lstrip(".")) for key in keys)
+        return next((place for place in places if place is not None), None)
+    if isinstance(found, float) and isinstance(shown, (int, float)):
+        return None if math.isclose(found, shown, rel_tol=1e-6, abs_tol=1e-9) else where
+    return None if shown == found else where
 
 
 def one_model(paths: list[Path], runs: list[dict[str, Any]]) -> None:

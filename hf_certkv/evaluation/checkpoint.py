@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,11 @@ class Progress:
         return cls(set(state["pieces"]), [Row(**row) for row in state["rows"]], evidence, state["timings"], state["seconds"])
 
 
+def piece_of(row: str, pieces: Container[str]) -> str:
+    """The piece of work that a row came from: its name, or what stands before the last slash of it."""
+    return row if row in pieces else row.rpartition("/")[0]
+
+
 class Checkpoint:
     """The parts of one unfinished run. Args: out: the file that the run will write; config_hash: of the run."""
 
@@ -71,27 +77,34 @@ class Checkpoint:
         self.out, self.config_hash = out, config_hash
 
     def path(self, process: int) -> Path:
-        """Where a process keeps what it has done."""
-        return self.out.with_name(f"{self.out.name}.part-{process}")
+        """Where a process keeps what it has done; runs with other settings have other names."""
+        return self.out.with_name(f"{self.out.name}.{self.config_hash[:12]}.part-{process}")
 
     def _parts(self) -> list[Path]:
-        return sorted(self.out.parent.glob(f"{self.out.name}.part-*"))
+        before = self.path(0).name.removesuffix("0")
+        return sorted(path for path in self.out.parent.iterdir() if path.name.startswith(before))
 
     def load(self) -> Progress:
         """What all parts of this very run hold; parts of another run, or that cannot be read, do not count."""
         found = Progress()
-        states = [state for state in map(self._read, self._parts()) if state is not None]
+        parts = [part for part in map(self._read, self._parts()) if part is not None]
         # A part that was taken up into a larger one, by a process that was then stopped, must not count twice.
-        for state in sorted(states, key=lambda state: -len(state["pieces"])):
-            if not set(state["pieces"]) & found.pieces:
-                found.merge(Progress.of(state))
+        for part in sorted(parts, key=lambda part: -len(part.pieces)):
+            if not part.pieces & found.pieces:
+                found.merge(part)
         return found
 
-    def _read(self, path: Path) -> dict[str, Any] | None:
+    def _read(self, path: Path) -> Progress | None:
+        """What a part holds; None if that is not what was written there, or not all of it."""
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return state["progress"] if state["config_hash"] == self.config_hash else None
-        except (OSError, ValueError, KeyError, TypeError):
+            progress = Progress.of(state["progress"])
+            whole = (
+                state["config_hash"] == self.config_hash
+                and {piece_of(row.id, progress.pieces) for row in progress.rows} == progress.pieces
+            )
+            return progress if whole else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             return None
 
     def save(self, process: int, progress: Progress) -> None:

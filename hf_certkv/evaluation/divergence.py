@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from .caches import DENSE
-from .task import Makers, Metric, Outcome, Row, Run, Task, greedy
+from .task import Filled, Makers, Metric, Outcome, Row, Task, greedy, ids_hash
 from .texts import Source
 
 SHOWN = 400  # characters of a continuation that a row keeps
@@ -33,9 +33,9 @@ class Divergence(Task):
         items: int,
         new_tokens: int = 64,
     ) -> None:
-        super().__init__(model, tokenizer)
         if new_tokens < 1:
             raise InputError(f"--new-tokens {new_tokens}: expected at least 1.")
+        super().__init__(model, tokenizer, max(contexts) + new_tokens)
         self.source, self.contexts, self.new_tokens = source, contexts, new_tokens
         self.steps = new_tokens - 1  # the first comes of the prompt itself
         self.windows = {context: source.windows(tokenizer, context, items) for context in contexts}
@@ -47,7 +47,13 @@ class Divergence(Task):
     def settings(self) -> dict[str, Any]:
         """What decides the scores."""
         items = len(next(iter(self.windows.values())))
-        return {"contexts": list(self.contexts), "items": items, "new_tokens": self.new_tokens, **self.source.describe()}
+        return {
+            "contexts": list(self.contexts),
+            "items": items,
+            "new_tokens": self.new_tokens,
+            **self.source.describe(),
+            "windows_sha256": ids_hash(*self.windows.values()),
+        }
 
     def pieces(self) -> list[str]:
         """A prompt each."""
@@ -58,7 +64,7 @@ class Divergence(Task):
         context, index = (int(part) for part in piece.split("/"))
         prompt = self.windows[context][index : index + 1]
         scores: dict[str, dict[str, Any]] = {}
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[Filled]] = {}
         dense: list[int] = []
         for name, make in makers.items():
             cache = make()
@@ -67,5 +73,5 @@ class Divergence(Task):
             until = next((i for i, (a, b) in enumerate(zip(found, dense, strict=True)) if a != b), len(dense))
             text = self.tokenizer.decode(found)[:SHOWN]
             scores[name] = {"score": float(until), "equal": float(until == len(dense)), "text": text}
-            runs[name] = [Run(cache, self.steps)]
+            runs[name] = [Filled(cache, self.steps)]
         return Outcome([Row(piece, context, {}, scores)], runs)

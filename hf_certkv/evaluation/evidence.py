@@ -29,9 +29,19 @@ class Evidence:
 
     def add(self, cache: CertifiedQuantizedCache, taken: int | None = None) -> None:
         """Add one run of a cache that keeps every record. Args: taken: its decode steps, as in `Trace.add`."""
-        report = cache.report()
-        self.trace.add(cache.recorder.records, taken)
-        self.recorder.merge(cache.recorder)
+        report, recorder = cache.report(), cache.recorder
+        steps = sorted({record.step for record in recorder.records})
+        if taken is not None and len(steps) > taken:  # few tokens of a prompt, read in a call of their own, are certified, too
+            decoded = Recorder(full=True)
+            for record in recorder.records:
+                if record.step in steps[len(steps) - taken :]:
+                    decoded.add(record)
+            decoded.commit()
+            decoded.materialised, decoded.exact_queries = recorder.materialised, recorder.exact_queries
+            decoded.repaired, decoded.step = recorder.repaired, recorder.step
+            recorder = decoded
+        self.trace.add(recorder.records, taken)
+        self.recorder.merge(recorder)
         self._widest(report.memory)
         self.exact_layers = report.exact_layers
 

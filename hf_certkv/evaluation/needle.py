@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from .haystacks import Hidden, english, words
-from .task import Makers, Metric, Outcome, Row, Run, Task, greedy, read, text_hash
+from .task import Filled, Makers, Metric, Outcome, Row, Task, check_model, greedy, ids_hash, read, text_hash
 
 
 class Needle(Task):
@@ -40,7 +40,7 @@ class Needle(Task):
         chunk: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, max(contexts))
         if depths < 1 or needles < 1 or items < 1:
             raise InputError(f"--depths {depths}, --needles {needles}, --items {items}: expected at least 1 of each.")
         if depths % needles:
@@ -50,14 +50,18 @@ class Needle(Task):
         self.margin = getattr(model.config, "retrieval_margin", None)  # the retriever's
         if self.margin is not None and text is not None:
             raise InputError("--text: the retriever knows no English; leave it out, or take another --model.")
-        self.steps = needles * max(self._hidden(context, 0, 0).answer_tokens for context in contexts)
+        first = [self._hidden(context, 0, 0) for context in contexts]
+        self.steps = needles * max(hidden.answer_tokens for hidden in first)
+        asked = max(question.ids.shape[1] for hidden in first for question in hidden.questions)
+        check_model(model, max(contexts) + asked + max(hidden.answer_tokens for hidden in first))
+        self.first_hash = ids_hash(*(hidden.ids for hidden in first))
 
     def settings(self) -> dict[str, Any]:
         """What decides the scores."""
         names = ("depths", "needles", "items", "chunk", "seed", "margin")
         return {
             "contexts": list(self.contexts), **{name: getattr(self, name) for name in names},
-            "text_sha256": None if self.text is None else text_hash(self.text),
+            "text_sha256": None if self.text is None else text_hash(self.text), "haystacks_sha256": self.first_hash,
         }  # fmt: skip
 
     def pieces(self) -> list[str]:
@@ -79,22 +83,22 @@ class Needle(Task):
         hidden = self._hidden(context, item, group)
         depths = [round(question.depth, 4) for question in hidden.questions]
         rows = [Row(f"{piece}/{depth:.2f}", context, {"depth": depth}, {}) for depth in depths]
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[Filled]] = {}
         for name, make in makers.items():
             runs[name], answers = self._ask(hidden, make)
             for row, question, found in zip(rows, hidden.questions, answers, strict=True):
                 row.scores[name] = {"score": float(question.right(found)), "text": self.tokenizer.decode(found)}
         return Outcome(rows, runs)
 
-    def _ask(self, hidden: Hidden, make: Callable[[], Any]) -> tuple[list[Run], list[list[int]]]:
-        runs: list[Run] = []
+    def _ask(self, hidden: Hidden, make: Callable[[], Any]) -> tuple[list[Filled], list[list[int]]]:
+        runs: list[Filled] = []
         answers: list[list[int]] = []
         length = hidden.ids.shape[1]
         for question in hidden.questions:
             if not runs or not _rewound(runs[-1].cache, length):
                 cache = make()
                 read(self.model, cache, hidden.ids, self.chunk)
-                runs.append(Run(cache))
+                runs.append(Filled(cache))
             found = greedy(self.model, torch.cat([hidden.ids, question.ids], dim=1), runs[-1].cache, hidden.answer_tokens)
             answers.append(found)
         return runs, answers

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from .caches import DENSE
-from .task import WARMUP, Makers, Metric, Outcome, Row, Run, Task, clock, forward, read
+from .task import WARMUP, Filled, Makers, Metric, Outcome, Row, Task, clock, forward, ids_hash, read
 from .texts import Source
 
 
@@ -40,7 +40,7 @@ class Perplexity(Task):
         score_last: int | None = 256,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, max(contexts))
         if score_last is not None and not all(1 <= score_last < context for context in contexts):
             raise InputError(f"--score-last {score_last}: expected at least 1, fewer than a window's {min(contexts)} tokens.")
         if min(contexts) < 2:
@@ -56,14 +56,14 @@ class Perplexity(Task):
         """What decides the scores."""
         return {
             "contexts": list(self.contexts), "items": len(next(iter(self.windows.values()))), "score_last": self.score_last,
-            "chunk": self.chunk, **self.source.describe(),
+            "chunk": self.chunk, **self.source.describe(), "windows_sha256": ids_hash(*self.windows.values()),
         }  # fmt: skip
 
     def pieces(self) -> list[str]:
         """A window each."""
         return [f"{context}/{index}" for context, windows in self.windows.items() for index in range(len(windows))]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def measure(self, piece: str, makers: Makers) -> Outcome:
         """Decode one window with all caches."""
         context, index = (int(part) for part in piece.split("/"))
@@ -98,6 +98,7 @@ class Perplexity(Task):
                 raise InputError(f"window {piece}: the likelihood with the cache {name!r} is {nll}; try another --dtype.")
             scores[name] = {"score": nll, "kl": kl, "kl_max": widest[name], "same_top": same, "tokens": scored}
         row = Row(piece, context, {}, scores)
-        runs = {name: [Run(cache, scored)] for name, cache in caches.items()}
-        counted = {name: 1e3 * float(np.median(spent[WARMUP:] or spent)) for name, spent in times.items()}
-        return Outcome([row], runs, counted)
+        runs = {name: [Filled(cache, scored)] for name, cache in caches.items()}
+        if scored <= WARMUP:
+            return Outcome([row], runs)
+        return Outcome([row], runs, {name: 1e3 * float(np.median(spent[WARMUP:])) for name, spent in times.items()})

@@ -24,7 +24,8 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, MissingDependencyError
-from .task import Makers, Metric, Outcome, Row, Run, Task, text_hash
+from .caches import DENSE
+from .task import Filled, Makers, Metric, Outcome, Row, Task, text_hash
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")  # all else downloads
 QUESTIONS = {"ruler_qa_squad": "read_squad", "ruler_qa_hotpot": "read_hotpotqa"}  # and what downloads them
@@ -91,12 +92,12 @@ class Ruler(Task):
         seed: int = 0,
         max_new_tokens: int | None = None,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, 0)
         if not contexts or min(contexts) < 1:
             raise InputError(f"--context {','.join(map(str, contexts))}: expected whole numbers from 1 on.")
         if items < 1 or (max_new_tokens is not None and max_new_tokens < 1):
             raise InputError(f"--items {items}, --new-tokens {max_new_tokens}: expected at least 1.")
-        self.contexts, self.items, self.seed, self.max_new_tokens = contexts, items, seed, max_new_tokens
+        self.contexts, self.items, self.seed, self.new_tokens = contexts, items, seed, max_new_tokens
         self._check_tokenizer()
         with _quiet():
             files = _files()
@@ -175,8 +176,8 @@ class Ruler(Task):
             task = ConfigurableTask(config={**config, "custom_dataset": limited, "metadata": metadata})
         except (ValueError, IndexError, ArithmeticError, RuntimeError) as error:  # what lm-eval ends in where nothing fits
             raise _DoesNotFit(_reason(error)) from error
-        if self.max_new_tokens is not None:
-            task.set_config("generation_kwargs", {"max_gen_toks": self.max_new_tokens}, update=True)
+        if self.new_tokens is not None:
+            task.set_config("generation_kwargs", {"max_gen_toks": self.new_tokens}, update=True)
         task.build_all_requests()
         docs = [instance.doc for instance in task.instances]
         if len(docs) < self.items:
@@ -225,7 +226,7 @@ class Ruler(Task):
         prompts = "\n".join(map(self.prompt, self._samples))
         return {
             "tasks": list(self.tasks), "contexts": list(self.contexts), "items": self.items, "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens, "lm_eval": version("lm_eval"), "prompts_sha256": text_hash(prompts),
+            "new_tokens": self.new_tokens, "lm_eval": version("lm_eval"), "prompts_sha256": text_hash(prompts),
         }  # fmt: skip
 
     def pieces(self) -> list[str]:
@@ -242,12 +243,14 @@ class Ruler(Task):
         task, instance = self._samples[piece]
         name, context, _ = piece.split("/")
         scores: dict[str, dict[str, Any]] = {}
-        runs: dict[str, list[Run]] = {}
+        runs: dict[str, list[Filled]] = {}
+        dense = ""
         for cache, make in makers.items():
             text, call = self._answer(instance, make)
             found = task.process_results(instance.doc, [text])
-            scores[cache] = {"score": float(found[context]), "text": text[:SHOWN]}
-            runs[cache] = [Run(call.cache, call.new - 1)]  # the first new token comes of the prompt itself
+            dense = text if cache == DENSE else dense
+            scores[cache] = {"score": float(found[context]), "text": text[:SHOWN], "equal": float(text == dense)}
+            runs[cache] = [Filled(call.cache, call.new - 1)]  # the first new token comes of the prompt itself
         return Outcome([Row(piece, int(context), {"task": name}, scores)], runs)
 
     def _answer(self, instance: Any, make: Callable[[], Any]) -> tuple[str, Any]:

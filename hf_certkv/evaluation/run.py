@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import transformers
 from transformers import PreTrainedModel
 
-from ..bench.statistics import ratio, summary
+from .. import __version__
+from ..bench import statistics
 from ..cache import CertifiedQuantizedCache
 from ..config import CertKVConfig
 from ..environment import describe
@@ -23,14 +24,15 @@ from ..errors import InputError, UnsupportedModelError
 from ..plan import plan_memory
 from ..report import MemoryReport
 from .caches import DENSE, CacheSpec
-from .checkpoint import Checkpoint, Progress
+from .checkpoint import Checkpoint, Progress, piece_of
 from .evidence import Evidence
-from .statistics import discordant, mean_difference, perplexity_difference
+from .runs import FORMAT, VERSION
+from .summary import summary
 from .task import Row, Task
 
-FORMAT, VERSION = "certkv-run", 1
 PLANNED = 1024  # tokens of the shortest context that memory is planned for
 LONGEST_PLANNED = 131072
+SAMPLED = 1024  # elements of each weight that a run knows the model by
 Tell = Callable[[int, int], None]  # pieces done, of how many
 
 
@@ -52,6 +54,8 @@ class Run:
             "task": {"name": task.name, **task.settings()},
             "model": self.model,
             "config": json.loads(json.dumps(config, default=str)),
+            "weights": _fingerprint(task.model),
+            "versions": {"hf_certkv": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
             "caches": [spec.to_dict() for spec in specs],
             "audit": audit,
             "seed": seed,
@@ -108,7 +112,8 @@ class Run:
         """The run file's content (docs/evaluation.md)."""
         pieces = self.task.pieces()
         order = {piece: index for index, piece in enumerate(pieces)}
-        rows = sorted(progress.rows, key=lambda row: max((order[p] for p in order if row.id.startswith(p)), default=0))
+        items = [row.to_dict() for row in sorted(progress.rows, key=lambda row: order[piece_of(row.id, order)])]
+        about = (self.task.name, self.task.metric.right_or_wrong, self.seed)
         certificates = {
             spec.name: progress.evidence[spec.name].to_dict(spec.settings)
             for spec in self.specs
@@ -126,8 +131,8 @@ class Run:
             "model": self.model,
             "environment": describe(),
             "caches": [spec.to_dict() for spec in self.specs],
-            "items": [row.to_dict() for row in rows],
-            "summary": {spec.name: self._summary(spec.name, rows) for spec in self.specs},
+            "items": items,
+            "summary": {spec.name: summary(spec.name, items, *about) for spec in self.specs},
             "certificates": certificates,
             "memory": {
                 "measured": self._measured(certificates),
@@ -144,34 +149,6 @@ class Run:
         found = {name: part["memory"] for name, part in certificates.items()}
         dense = max((memory["dense_bytes"] for memory in found.values()), default=0)
         return {DENSE: MemoryReport({"exact": dense}, dense).to_dict(), **found} if found else {}
-
-    def _summary(self, name: str, rows: list[Row]) -> dict[str, Any]:
-        contexts = {str(context): [row for row in rows if row.context == context] for context in {row.context for row in rows}}
-        tasks: dict[str, list[Row]] = {}
-        for row in rows:
-            if "task" in row.group:
-                tasks.setdefault(row.group["task"], []).append(row)
-        return {
-            "overall": self._sums(name, rows),
-            "contexts": {key: self._sums(name, contexts[key]) for key in sorted(contexts, key=int)},
-            "tasks": {key: self._sums(name, part) for key, part in tasks.items()},
-        }
-
-    def _sums(self, name: str, rows: list[Row]) -> dict[str, Any]:
-        scores, dense = ([row.scores[key]["score"] for row in rows] for key in (name, DENSE))
-        out: dict[str, Any] = {"items": len(rows), "score": float(np.mean(scores)) if rows else None}
-        compared = bool(rows) and name != DENSE
-        out["difference"] = mean_difference(scores, dense, self.seed) if compared else None
-        out["discordant"] = None
-        if compared and self.task.metric.right_or_wrong:
-            out["discordant"] = discordant([score == 1 for score in scores], [score == 1 for score in dense])
-        for figure in ("kl", "same_top", "equal"):
-            values = [row.scores[name][figure] for row in rows if figure in row.scores[name]]
-            out[figure] = float(np.mean(values)) if values else None
-        if self.task.name == "ppl" and rows:
-            out["perplexity"] = math.exp(float(np.mean(scores)))
-            out["perplexity_difference"] = perplexity_difference(scores, dense, self.seed) if compared else None
-        return out
 
 
 def planned_memory(model: PreTrainedModel, specs: list[CacheSpec]) -> dict[str, Any]:
@@ -242,15 +219,26 @@ def of_generation(
 
 
 def _speed(timings: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Median decode steps of items, and their ratio to the dense cache's in the same item."""
+    """Decode steps of items, and their ratio to the dense cache's in the same item: of both the median and the quartiles."""
     out: dict[str, Any] = {}
     dense = timings.get(DENSE, {})
     for name, spent in timings.items():
         pieces = sorted(set(spent) & set(dense))
         if pieces:
-            ours, theirs = ([part[piece] for piece in pieces] for part in (spent, dense))
-            out[name] = {"decode_ms": summary(ours), "over_dense": ratio(ours, theirs)}
+            ratios = statistics.summary([spent[piece] / dense[piece] for piece in pieces])
+            out[name] = {"decode_ms": statistics.summary([spent[piece] for piece in pieces]), "over_dense": ratios}
     return out
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of some elements of every weight: other weights in the same folder are another model."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // SAMPLED)][: 2 * SAMPLED]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(some.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def strict(value: Any) -> Any:

@@ -74,6 +74,20 @@ def check_run(run: Any) -> None:
         unknown = sorted(set(of_names or ()) - set(names))
         if unknown:
             raise InputError(f"{key} has {_shown(unknown[0])}, which is none of the caches.")
+    for cache in run["caches"]:
+        if cache["name"] in run["certificates"]:
+            _consistent(run["certificates"][cache["name"]], cache["settings"], f"certificates.{cache['name']}")
+
+
+def _consistent(certificate: dict[str, Any], settings: dict[str, Any] | None, where: str) -> None:
+    """What is called certified was made to be, and every head-step has its rung."""
+    if settings is None or certificate["certified"] != (settings.get("policy") != "naive"):
+        raise InputError(f"{where}.certified is {_shown(certificate['certified'])}, which its settings do not say.")
+    overall = certificate["overall"]
+    if sum(overall["rungs"].values()) != overall["head_steps"]:
+        raise InputError(f"{where}.overall: the rungs do not add up to its {overall['head_steps']:,} head-steps.")
+    if certificate["certified"] and overall["rungs"]["uncertified"]:
+        raise InputError(f"{where}.overall has uncertified head-steps in a certified cache.")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

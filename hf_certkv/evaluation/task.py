@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import InputError, UnsupportedModelError
+
 Makers = Mapping[str, Callable[[], Any]]  # name -> makes an empty cache; the dense one is first
 WARMUP = 3  # steps of an item whose times are not counted: compiling, first allocations
 
@@ -49,7 +51,7 @@ class Row:
 
 
 @dataclass
-class Run:
+class Filled:
     """A filled cache after a piece of work. taken: decode steps, up to its last step; None: those it has records of."""
 
     cache: Any
@@ -61,18 +63,23 @@ class Outcome:
     """What a piece of work gave: rows, the caches by name, and the median decode step by name in milliseconds, where timed."""
 
     rows: list[Row]
-    runs: dict[str, list[Run]] = field(default_factory=dict)
+    runs: dict[str, list[Filled]] = field(default_factory=dict)
     decode_ms: dict[str, float] | None = None
 
 
 class Task(ABC):
-    """One task on one model. Attributes: name; metric; steps: decode steps of the longest piece of work."""
+    """One task on one model. Attributes: name; metric; steps: decode steps of the longest piece of work.
+
+    Args: tokens: the most that a cache will hold.
+    Raises: UnsupportedModelError: the model takes no cache; InputError: it was made for fewer tokens.
+    """
 
     name: str
     metric: Metric
     steps: int
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+        check_model(model, tokens)
         self.model, self.tokenizer = model, tokenizer
 
     @abstractmethod
@@ -88,7 +95,7 @@ class Task(ABC):
         """One piece of work with every cache."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def read(model: PreTrainedModel, cache: Any, ids: Tensor, chunk: int | None = None) -> None:
     """Fill a cache with `[1, tokens]`; nothing happens with none. `chunk`: tokens at a time."""
     if ids.shape[1]:
@@ -96,7 +103,7 @@ def read(model: PreTrainedModel, cache: Any, ids: Tensor, chunk: int | None = No
             forward(model, cache, part)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def forward(model: PreTrainedModel, cache: Any, ids: Tensor) -> Tensor:
     """Logits after the last of the new tokens `[1, tokens]`: `[vocabulary]`."""
     kind: Any = type(model)
@@ -123,16 +130,39 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def ids_hash(*ids: Tensor) -> str:
+    """SHA-256 of token ids."""
+    digest = hashlib.sha256()
+    for part in ids:
+        digest.update(part.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def greedy(model: PreTrainedModel, ids: Tensor, cache: Any, new_tokens: int, stop: bool = True) -> list[int]:
-    """At most (without `stop` exactly) so many greedy tokens after `[1, tokens]`, whose first ones the cache may hold."""
-    ids = ids.to(model.device)
-    options: dict[str, Any] = {} if stop else {"min_new_tokens": new_tokens}
-    pad = model.generation_config.pad_token_id
-    if pad is None:
-        options["pad_token_id"] = 0  # one row is never padded
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new_tokens, do_sample=False,
-        num_beams=1, **options,
-    )  # fmt: skip
-    found: list[int] = out[0, ids.shape[1] :].tolist()
-    return found
+    """At most (without `stop` exactly) so many likeliest tokens after `[1, tokens]`, whose first ones the cache may hold.
+
+    Whatever else a model's generation config asks for (penalties, a cache of its own) is left out: it would be compared, too.
+    """
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None or not stop else ends if isinstance(ends, list) else [ends]
+    found: list[int] = []
+    new = ids[:, cache.get_seq_length() :]
+    while True:
+        found.append(int(forward(model, cache, new).argmax()))
+        if len(found) == new_tokens or found[-1] in ends:
+            return found
+        new = torch.tensor([found[-1:]])
+
+
+def check_model(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse a model that takes no cache, or was not made for so many tokens.
+
+    Raises: UnsupportedModelError, InputError.
+    """
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{type(model).__name__} takes no cache of keys and values (past_key_values).")
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise InputError(
+            f"{tokens:,} tokens are more than the {longest:,} that the model was made for: take a shorter --context."
+        )
