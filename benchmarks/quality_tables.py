@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.tables import ROOT, share, table
-from hf_certkv.evaluation.card_text import upward
+from hf_certkv.evaluation.page_text import upward
 
 PAGE = ROOT / "docs" / "quality.md"
 DEFAULT = "certified K8 V4"

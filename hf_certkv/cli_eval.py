@@ -270,6 +270,8 @@ def _execute(
                 f"{out}: nothing can be written beside it ({error.strerror or error}); what was kept so far is gone on with.", 1
             )
     if found is not None:
+        if not found["complete"]:
+            fail(f"{out}: what the processes kept beside it is not whole; the same command measures the rest.", 1)
         if not overwrite:
             _is_done(out, run.config_hash)  # another run may have come to its end meanwhile
         write_json(out, found, indent=None)
@@ -325,7 +327,7 @@ def interval(change: dict[str, Any]) -> str:
 def _certificate_cells(certificate: dict[str, Any] | None) -> list[str]:
     if certificate is None or not certificate["overall"]["head_steps"]:
         return ["-"] * 5
-    from .evaluation.card_text import upward
+    from .evaluation.page_text import upward
 
     shares, bound = certificate["overall"]["rung_share"], certificate["overall"]["relative"]["bound"]
     memory = f"{certificate['memory']['device_over_dense']:.2f}"

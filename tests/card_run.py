@@ -43,6 +43,9 @@ def run_file(task: str = "ppl", **changes: Any) -> dict[str, Any]:
         scores = {
             name: {"score": value + 0.01 * index if task == "ppl" else float(not wrong[name])} for name, value in base.items()
         }
+        if task == "ppl":
+            for name, score in scores.items():
+                score |= {"kl": 0.0 if name == "dense" else 0.00321, "same_top": 0.987}
         items.append({"id": f"{context}/{index}", "context": context, "group": {}, "scores": scores})
 
     def sums(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -50,7 +53,10 @@ def run_file(task: str = "ppl", **changes: Any) -> dict[str, Any]:
         change = fmean(mine) - fmean(dense)
         interval = {"mean": change, "low": change - 0.0123, "high": change + 0.0234}
         out: dict[str, Any] = {"items": len(rows), "score": fmean(mine), "difference": None if name == "dense" else interval}
-        out["discordant"] = {"better": 0, "worse": 2, "p": 0.5} if name == "naive" and task != "ppl" else None
+        out["discordant"] = None
+        if name != "dense" and task != "ppl":
+            worse = sum(one < other for one, other in zip(mine, dense, strict=True))
+            out["discordant"] = {"better": 0, "worse": worse, "p": min(1.0, 2 * 0.5**worse)}
         if task == "ppl":
             out |= {"kl": 0.0 if name == "dense" else 0.00321, "same_top": 0.987, "perplexity": math.exp(fmean(mine))}
             change = math.exp(fmean(mine)) - math.exp(fmean(dense))

@@ -26,8 +26,8 @@ from hf_certkv.evaluation.caches import CacheSpec, parse
 from hf_certkv.evaluation.card import BEGIN, END, make_card, with_section
 from hf_certkv.evaluation.card_command import cache_option
 from hf_certkv.evaluation.card_escape import escaped, fenced
-from hf_certkv.evaluation.card_text import upward
-from hf_certkv.evaluation.page_text import NONE
+from hf_certkv.evaluation.page_text import NONE, upward
+from hf_certkv.evaluation.summary import summary as summary_of
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 HOSTILE = [
@@ -179,8 +179,7 @@ def test_results_are_replaced_where_they_are_of_the_same_thing(tmp_path: Path) -
     changed = copy.deepcopy(run)
     for item in changed["items"]:
         item["scores"]["certified"]["score"] = 0.0
-    for part in (changed["summary"]["certified"]["overall"], *changed["summary"]["certified"]["contexts"].values()):
-        part["score"] = 0.0
+    changed["summary"]["certified"] = summary_of("certified", changed["items"], "needle", True, 0)
     text = make_card([saved(tmp_path, changed)], base)
     data = ModelCard(text).data
     assert data.model_name == "Its name"
@@ -214,7 +213,11 @@ def test_a_summary_that_is_not_that_of_the_items_is_refused(tmp_path: Path) -> N
     run = run_file()
     better = copy.deepcopy(run)
     better["summary"]["certified"]["overall"]["score"] = 2.5
-    refused(tmp_path, better, "'certified'", "2.5")
+    refused(tmp_path, better, "'certified'", "overall.score")
+    for where, part, value in (("contexts.512.perplexity", "perplexity", 1.01), ("contexts.512.kl", "kl", 0.0)):
+        other = copy.deepcopy(run)
+        other["summary"]["certified"]["contexts"]["512"][part] = value
+        refused(tmp_path, other, "'certified'", where)
     fewer = copy.deepcopy(run)
     del fewer["items"][3]["scores"]["certified"]
     refused(tmp_path, fewer, "an item has no score", "'certified'")

@@ -12,7 +12,7 @@ import pytest
 from example_run import DELETE, run_of, set_at
 
 from hf_certkv import InputError
-from hf_certkv.evaluation.runs import load_run
+from hf_certkv.evaluation.runs import check_run, load_run
 
 WRONG: list[tuple[str, Any, str]] = [
     ("format", "something", "certkv-run"),
@@ -95,3 +95,27 @@ def test_infinite_bounds_and_odd_names_are_allowed(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(run))
     assert load_run(file) == run
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("certificates.naive.certified", True, "settings do not say"),
+        ("certificates.certified.certified", False, "settings do not say"),
+        ("certificates.certified.overall.head_steps", 7, "do not add up"),
+        ("certificates.naive.overall.rungs.fast", 1, "do not add up"),
+    ],
+)
+def test_a_certificate_that_contradicts_itself_is_refused(path: str, value: Any, words: str) -> None:
+    run = run_of()
+    set_at(run, path, value)
+    with pytest.raises(InputError, match=words):
+        check_run(run)
+
+
+def test_an_uncertified_step_of_a_certified_cache_is_refused() -> None:
+    run = run_of()
+    rungs = run["certificates"]["certified"]["overall"]["rungs"]
+    rungs["fast"], rungs["uncertified"] = rungs["fast"] - 1, 1
+    with pytest.raises(InputError, match="uncertified head-steps"):
+        check_run(run)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from .card_command import changed, command_of, model_label
 from .card_escape import escaped, fenced
 from .page_data import CacheView, caches_of, is_share, longest_context, unit_of
-from .page_text import NONE, difference, p_value, part_of, percent, short, tolerance_text
+from .page_text import NONE, difference, p_value, part_of, percent, short, tolerance_text, upward
 
 Run = dict[str, Any]
 TITLES = {
@@ -165,13 +163,6 @@ def _costs(cache: CacheView) -> list[str]:
         return [memory, NONE]
     ends = "" if time.get("q1") is None or time.get("q3") is None else f" ({short(time['q1'])} to {short(time['q3'])})"
     return [memory, short(time["median"]) + ends]
-
-
-def upward(share: float | None) -> str:
-    """A share in percent with three digits, rounded up: a bound must not look smaller than it is."""
-    if share is None or not math.isfinite(share):
-        return percent(share)
-    return percent(float(Context(prec=3, rounding=ROUND_CEILING).create_decimal_from_float(share)), 3)
 
 
 def promises(runs: list[Run], names: list[str]) -> list[str]:

@@ -111,7 +111,7 @@ def _compared(run: Run, cache: CacheView) -> dict[str, Any]:
         "equal": text.NONE if summary.get("equal") is None else text.part_of(summary["equal"], 1.0),
         "same_top": text.NONE if summary.get("same_top") is None else text.part_of(summary["same_top"], 1.0),
         "shares": {name: text.part_of(number, cache.head_steps) for name, number in cache.shares.items()},
-        "bounds": [text.percent(cache.figure("bound", key)) for key in ("p50", "p99", "max")],
+        "bounds": [text.upward(cache.figure("bound", key)) for key in ("p50", "p99", "max")],
         "memory": text.short(cache.over_dense),
         "device": text.size((cache.memory or {}).get("device_bytes")),
         "time": text.short(time["median"] if time else None),

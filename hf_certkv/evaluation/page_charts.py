@@ -19,7 +19,7 @@ from .page_data import (
     per_step,
     steps_of,
 )
-from .page_text import DASH, difference, minus, part_of, percent, short, size, tokens, tolerance_text
+from .page_text import DASH, difference, minus, part_of, percent, short, size, tokens, tolerance_text, upward
 
 Tick = tuple[float, str]  # place from 0 to 1, label
 GAP = 0.06  # of a stacked column's width
@@ -316,7 +316,7 @@ def gauge(bound: float | None, median: float | None, rtol: float | None) -> Mark
     marks = [_line(rtol / top, 3, rtol / top, 19, "tolerance")]
     if median is not None:
         marks.append(_line(median / top, 5, median / top, 17, "median"))
-    said = f"largest bound {percent(bound)}, median {percent(median)}, tolerance {tolerance_text(rtol)}"
+    said = f"largest bound {upward(bound)}, median {percent(median)}, tolerance {tolerance_text(rtol)}"
     return _small(bound / top, marks, said)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from ..report import human_bytes
@@ -30,6 +31,13 @@ def short(value: float | None, digits: int = 3) -> str:
 def percent(share: float | None, digits: int = 3) -> str:
     """A share in percent, three digits: bounds and errors."""
     return NONE if share is None else short(100 * share, digits) + (" %" if math.isfinite(share) else "")
+
+
+def upward(share: float | None, digits: int = 3) -> str:
+    """A share in percent with so many digits, rounded up: a bound must not look smaller than it is."""
+    if share is None or not math.isfinite(share):
+        return percent(share, digits)
+    return percent(float(Context(prec=digits, rounding=ROUND_CEILING).create_decimal_from_float(share)), digits)
 
 
 def part_of(part: float, whole: float) -> str:
