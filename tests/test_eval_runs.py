@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -416,13 +415,3 @@ def test_two_launched_processes_measure_what_one_does(tmp_path: Path) -> None:
     assert two["processes"] == 2 and two["complete"]
     assert_alike(comparable(two), comparable(one))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
-
-
-def test_a_report_of_several_runs_is_the_sum(tmp_path: Path) -> None:
-    """Merging recorders leaves both as they were but for the sum."""
-    model, tokenizer = prose()
-    run = filled(Perplexity(model, tokenizer, SOURCE, (320,), 1, 4), "320/0")
-    recorder = copy.deepcopy(run.cache.recorder)
-    recorder.merge(run.cache.recorder)
-    assert recorder.overall().to_dict()["head_steps"] == 2 * run.cache.recorder.overall().to_dict()["head_steps"]
-    assert len(recorder.records) == 2 * len(run.cache.recorder.records)

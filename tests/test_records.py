@@ -399,6 +399,35 @@ def test_adding_does_not_change_what_is_merged_in() -> None:
     assert second.to_dict() == kept.to_dict()
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_recorders_add_up(full: bool) -> None:
+    """Layers that both have, and layers of one of them; every record only where all are kept."""
+    parts = [records_of(seed=seed, count=4) for seed in (1, 2)]
+    recorders = [Recorder(full), Recorder(True)]
+    for recorder, records in zip(recorders, parts, strict=True):
+        for record in records:
+            recorder.add(record)
+        recorder.commit()
+        recorder.materialised, recorder.exact_queries, recorder.repaired, recorder.step = {"matmul": 2}, 5, 1, 7
+    only = dataclasses.replace(parts[1][0], layer=9)
+    recorders[1].add(only)
+    recorders[1].commit()
+    theirs = copy.deepcopy(recorders[1].layers)
+    recorders[0].merge(recorders[1])
+    ours = recorders[0]
+    assert ours.materialised == {"matmul": 4} and (ours.exact_queries, ours.repaired, ours.step) == (10, 2, 15)
+    for layer in {record.layer for records in parts for record in records}:
+        mine = [[record for record in records if record.layer == layer] for records in parts]
+        expected = summary_of(mine[0])
+        expected.merge(summary_of(mine[1]))
+        assert_identical(ours.layers[layer], expected)
+    assert_identical(ours.layers[9], summary_of([only]))
+    ours.layers[9].merge(summary_of([only]))  # it is a copy: what was added stays as it was
+    for layer, summary in theirs.items():
+        assert_identical(recorders[1].layers[layer], summary)
+    assert len(ours.records) == (9 if full else 0)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(st.floats(1e-13, 9e5, allow_nan=False), min_size=1, max_size=60),

@@ -10,11 +10,11 @@ document.addEventListener("DOMContentLoaded", () => {
       for (const axis of ["cache", "kind"]) {
         const chosen = selects.find((select) => select.dataset.axis === axis);
         for (const panel of run.querySelectorAll(`[data-panel][data-${axis}]`)) {
-          // A panel hides only where one beside it is chosen: the headline shows all certified caches.
+          // A panel hides only where one beside it is chosen: the headline has no uncertified cache.
           const beside = [...panel.parentElement.children].filter((one) => one.dataset.panel === panel.dataset.panel);
           const there = chosen && beside.some((one) => one.dataset[axis] === chosen.value);
           const wanted = there ? chosen.value : beside[0].dataset[axis];
-          panel.classList.toggle("off", panel.dataset.panel !== "headline" && panel.dataset[axis] !== wanted);
+          panel.classList.toggle("off", panel.dataset[axis] !== wanted);
         }
       }
     };
