@@ -95,6 +95,7 @@ def section(name: str, run: Run) -> str:
             if percent:
                 pairs = sums["discordant"]
                 row += ["-", "-"] if pairs is None else [f"{pairs['better']} / {pairs['worse']}", f"{pairs['p']:.2g}"]
+                row += [share(sums["equal"])]
             elif run["task"]["name"] == "ppl":
                 row += [
                     f"{sums['perplexity']:.3f}",
@@ -107,7 +108,7 @@ def section(name: str, run: Run) -> str:
             rows.append(row)
     header = ["context", "cache", f"{metric['label']}, {'%' if percent else unit}", "difference from dense, 95 % interval"]
     if percent:
-        header += ["better / worse than dense", "McNemar p"]
+        header += ["better / worse than dense", "McNemar p", "answers as dense, word for word"]
     elif run["task"]["name"] == "ppl":
         header += ["perplexity", "difference, 95 % interval", "KL from dense", "same likeliest token"]
     else:
@@ -141,14 +142,20 @@ def words(name: str, run: Run) -> str:
         scored = "every token but the first" if settings["score_last"] is None else f"the last {settings['score_last']} tokens"
         return f"{items} windows of a book that the model was not trained on; {scored} scored, each decoded through the cache."
     if run["task"]["name"] == "divergence":
-        return f"{items} prompts of the same book, {settings['new_tokens']} greedy tokens each."
+        return (
+            f"{items} prompts of the same book, {settings['new_tokens']} greedy tokens each. Where two words are almost "
+            "equally likely, another order of the same sums is enough to change their places, in bfloat16 most of all: "
+            "[measurements.md](measurements.md) has a dense control."
+        )
     if run["task"]["name"] == "needle":
         each = "one fact" if settings["needles"] == 1 else f"{settings['needles']} facts"
         said = f"{items} questions, {each} in each haystack, {settings['depths']} depths; a match stands out by "
         said += f"{settings['margin']:g} nats."
         return said + (" At this margin exact attention itself begins to miss facts." if name.endswith("hard") else "")
-    return f"{items} samples of lm-evaluation-harness. " + (
-        "The model has five million parameters and was not made for this: read the differences, not the scores."
+    return (
+        f"{items} samples of lm-evaluation-harness. The model has five million parameters and scores next to nothing with any "
+        "cache, so no cache can be better or worse than another here: the run shows that the tasks work, and how many answers "
+        "stay word for word those of the dense cache."
     )
 
 
@@ -178,15 +185,16 @@ def readme(runs: dict[str, Run], caches: dict[str, str]) -> str:
             [
                 shown,
                 f"{likelihood['perplexity']:.3f}" if cache == "dense" else interval(likelihood["perplexity_difference"], 3),
-                share(greedy["summary"][cache]["contexts"][str(LONG)]["equal"]),
+                f"{greedy['summary'][cache]['contexts'][str(LONG)]['score']:.1f}",
                 share(facts["score"]) + ("" if pairs is None else f", p {pairs['p']:.2g}"),
                 certificate(ppl, cache)[0],
                 certificate(ppl, cache)[4],
                 "1.00" if cache == "dense" else spent(ppl, cache).split(" ")[0],
             ]
         )
+    tokens = greedy["task"]["settings"]["new_tokens"]
     header = (
-        f"cache, {LONG:,} tokens", "perplexity and difference [95 %]", "continuations equal to dense",
+        f"cache, {LONG:,} tokens", "perplexity and difference [95 %]", f"greedy tokens as dense, of {tokens}",
         "facts found, McNemar", "fast path", "device memory", "decode step",
     )  # fmt: skip
     default = ppl["summary"][DEFAULT]["overall"]
@@ -200,9 +208,11 @@ def readme(runs: dict[str, Run], caches: dict[str, str]) -> str:
     return (
         table(header, rows)
         + f"\n\nEmbedded models in {ppl['model']['dtype']}. Perplexity: {count} windows of a book, the last "
-        f"{ppl['task']['settings']['score_last']} tokens decoded one by one; at the default tolerance {found}. Continuations: "
-        f"{greedy['task']['settings']['new_tokens']} greedy tokens. Facts: {len(hard['items'])} questions at "
-        f"{settings['contexts'][0]:,} tokens to a retriever so blunt that exact attention misses some. Memory and time are "
+        f"{ppl['task']['settings']['score_last']} tokens decoded one by one; at the default tolerance {found}. Greedy "
+        "tokens: before the first other one, a mean of "
+        f"{greedy['summary']['dense']['contexts'][str(LONG)]['items']} prompts; in bfloat16 another order of the same sums is "
+        f"enough for one. Facts: {len(hard['items'])} questions at {settings['contexts'][0]:,} tokens to a retriever so blunt "
+        "that exact attention misses some. Memory and time are "
         "over the dense cache's, of a model of six layers at a context where the fixed cost of a call still outweighs reading "
         "the cache; longer contexts below. All runs, RULER too: [docs/quality.md](docs/quality.md)."
     )
