@@ -424,7 +424,17 @@ def test_one_part_that_fails_does_not_stop_the_others(tmp_path: Path, failing: s
     done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == status, done.stdout
     calls = (tmp_path / "calls").read_text()
-    order = ["gpu_exp", "gpu_attention", "gpu_costs", "gpu_decode", "gpu_long", "benchmarks.device", "verify", "bench --device", "eval needle"]
+    order = [
+        "gpu_exp",
+        "gpu_attention",
+        "gpu_costs",
+        "gpu_decode",
+        "gpu_long",
+        "benchmarks.device",
+        "verify",
+        "bench --device",
+        "eval needle",
+    ]
     places = [calls.index(name) for name in order]
     assert places == sorted(places)
     log = (out / "log.txt").read_text()
