@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ def ppl(
         last = None if score_all else score_last
         return Perplexity(loaded, tokenizer, source(text, dataset, split, column), contexts(context), items, last, chunk)
 
-    _run(make, model, cache, audit, seed, dtype, device, json_file, overwrite)
+    _run(make, Shared(model, cache or [], audit, seed, dtype, device, json_file.expanduser(), overwrite))
 
 
 @app.command()
@@ -108,7 +109,7 @@ def divergence(
 
         return Divergence(loaded, tokenizer, source(text, dataset, split, column), contexts(context), items, new_tokens)
 
-    _run(make, model, cache, audit, seed, dtype, device, json_file, overwrite)
+    _run(make, Shared(model, cache or [], audit, seed, dtype, device, json_file.expanduser(), overwrite))
 
 
 @app.command()
@@ -145,7 +146,7 @@ def needle(
         hay = None if text is None else Source.of(text, None).text
         return Needle(loaded, tokenizer, contexts(context), depths, needles, items, hay, chunk, seed)
 
-    _run(make, model, cache, audit, seed, dtype, device, json_file, overwrite)
+    _run(make, Shared(model, cache or [], audit, seed, dtype, device, json_file.expanduser(), overwrite))
 
 
 @app.command()
@@ -171,7 +172,7 @@ def ruler(
         names = tuple(part.strip() for part in tasks.split(",") if part.strip())
         return Ruler(loaded, tokenizer, names, contexts(context), items, seed, new_tokens)
 
-    _run(make, model, cache, audit, seed, dtype, device, json_file, overwrite)
+    _run(make, Shared(model, cache or [], audit, seed, dtype, device, json_file.expanduser(), overwrite))
 
 
 def contexts(text: str) -> tuple[int, ...]:
@@ -194,17 +195,21 @@ def source(text: Path | None, dataset: str | None, split: str | None, column: st
     return Source.of(text, dataset, split, column)
 
 
-def _run(
-    make: Callable[[Any, Any], Any],
-    name: str,
-    caches: list[str] | None,
-    audit: int,
-    seed: int,
-    dtype: Dtype,
-    device: Device,
-    out: Path,
-    overwrite: bool,
-) -> None:
+@dataclass(frozen=True)
+class Shared:
+    """What every task is told."""
+
+    model: str
+    caches: list[str]
+    audit: int
+    seed: int
+    dtype: Dtype
+    device: Device
+    out: Path
+    overwrite: bool
+
+
+def _run(make: Callable[[Any, Any], Any], shared: Shared) -> None:
     with friendly():
         import importlib.util
 
@@ -213,35 +218,26 @@ def _run(
 
         if importlib.util.find_spec("scipy") is None:
             raise MissingDependencyError("certkv eval needs scipy: pip install 'hf_certkv[eval]'.")
-        specs = parse_all(caches or [])
-        check_out(out)
+        specs = parse_all(shared.caches)
+        check_out(shared.out)
         quiet_libraries()
-        _execute(make, name, specs, audit, seed, dtype, device, out.expanduser(), overwrite)
+        _execute(make, specs, shared)
 
 
-def _execute(
-    make: Callable[[Any, Any], Any],
-    name: str,
-    specs: Any,
-    audit: int,
-    seed: int,
-    dtype: Dtype,
-    device: Device,
-    out: Path,
-    overwrite: bool,
-) -> None:
+def _execute(make: Callable[[Any, Any], Any], specs: Any, shared: Shared) -> None:
     import torch
     from accelerate import PartialState
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .evaluation.run import Run
 
+    out, device, overwrite = shared.out, shared.device, shared.overwrite
     if device is Device.cuda and not torch.cuda.is_available():
         fail("--device cuda: torch sees no CUDA device here.")
     processes = PartialState(cpu=device is Device.cpu or not torch.cuda.is_available())
-    tokenizer = load(AutoTokenizer, name)
-    loaded = load(AutoModelForCausalLM, name, dtype=dtype.value).to(processes.device).eval()
-    run = Run(make(loaded, tokenizer), specs, name, audit, seed)
+    tokenizer = load(AutoTokenizer, shared.model)
+    loaded = load(AutoModelForCausalLM, shared.model, dtype=shared.dtype.value).to(processes.device).eval()
+    run = Run(make(loaded, tokenizer), specs, shared.model, shared.audit, shared.seed)
     if not overwrite and _is_done(out, run.config_hash):
         messages().print(f"{escape(str(out))} holds this very run: nothing to do (--overwrite measures again).", soft_wrap=True)
         return

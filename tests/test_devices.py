@@ -79,8 +79,8 @@ def test_tokens_are_those_of_a_model_in_one_place(
         close = generate(saved, prompt(LENGTH), STEPS, DynamicCache(config=saved.config))
         found = generate(here, prompt(LENGTH), STEPS, DynamicCache(config=here.config))
         assert torch.equal(found.sequences, close.sequences)
-        for ours, theirs in zip(found.logits, close.logits, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        for mapped, built in zip(found.logits, close.logits, strict=True):
+            torch.testing.assert_close(mapped, built, rtol=1e-5, atol=1e-5)
     ours = CertifiedQuantizedCache(here.config, rtol=rtol, hot_blocks=2, **SMALL)
     expected = generate(here, prompt(LENGTH), STEPS, ours)
     model = prepare(tmp_path)

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError
 from .caches import DENSE
-from .task import WARMUP, Filled, Makers, Metric, Outcome, Row, Task, clock, forward, ids_hash, read
+from .task import WARMUP, Filled, Makers, Metric, Outcome, Row, clock, forward, read
 from .texts import Source
+from .windows import WindowTask
 
 
-class Perplexity(Task):
+class Perplexity(WindowTask):
     """Negative log likelihood of the last tokens of windows of a text, or of all but the first.
 
     All caches hold the same window and take turns at every token, so that times are paired and no logits need be kept.
@@ -40,13 +41,12 @@ class Perplexity(Task):
         score_last: int | None = 256,
         chunk: int | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, max(contexts))
+        super().__init__(model, tokenizer, source, contexts, items)
         if score_last is not None and not all(1 <= score_last < context for context in contexts):
             raise InputError(f"--score-last {score_last}: expected at least 1, fewer than a window's {min(contexts)} tokens.")
         if min(contexts) < 2:
             raise InputError(f"--context {min(contexts)}: a window needs at least 2 tokens, one to read and one to score.")
-        self.source, self.contexts, self.score_last, self.chunk = source, contexts, score_last, chunk
-        self.windows = {context: source.windows(tokenizer, context, items) for context in contexts}
+        self.score_last, self.chunk = score_last, chunk
         self.steps = max(self._scored(context) for context in contexts)
 
     def _scored(self, context: int) -> int:
@@ -54,20 +54,12 @@ class Perplexity(Task):
 
     def settings(self) -> dict[str, Any]:
         """What decides the scores."""
-        return {
-            "contexts": list(self.contexts), "items": len(next(iter(self.windows.values()))), "score_last": self.score_last,
-            "chunk": self.chunk, **self.source.describe(), "windows_sha256": ids_hash(*self.windows.values()),
-        }  # fmt: skip
-
-    def pieces(self) -> list[str]:
-        """A window each."""
-        return [f"{context}/{index}" for context, windows in self.windows.items() for index in range(len(windows))]
+        return {**super().settings(), "score_last": self.score_last, "chunk": self.chunk}
 
     @torch.no_grad()
-    def measure(self, piece: str, makers: Makers) -> Outcome:
+    def measure_window(self, piece: str, ids: Tensor, makers: Makers) -> Outcome:
         """Decode one window with all caches."""
-        context, index = (int(part) for part in piece.split("/"))
-        ids = self.windows[context][index : index + 1]
+        context = ids.shape[1]
         scored = self._scored(context)
         begin = context - scored - 1  # the token whose successor is scored first
         caches = {name: make() for name, make in makers.items()}
